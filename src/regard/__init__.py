@@ -1,0 +1,31 @@
+"""regard: attention mechanisms for PyTorch, equal to their authors' code, fast, and compared on your problem.
+
+    >>> import regard, torch
+    >>> block = regard.create("multi_head", dim=64, num_heads=4)
+    >>> block(torch.zeros(2, 10, 64)).shape
+    torch.Size([2, 10, 64])
+"""
+
+from .card import Card, Paper
+from .errors import RegardError
+from .mechanism import Mechanism
+from .official import load_official, to_official
+from .ops._dispatch import explain, use_impl
+from .registry import card, cards, cite, create, ids
+
+__version__ = "0.1.0"
+__all__ = [
+    "Card",
+    "Mechanism",
+    "Paper",
+    "RegardError",
+    "card",
+    "cards",
+    "cite",
+    "create",
+    "explain",
+    "ids",
+    "load_official",
+    "to_official",
+    "use_impl",
+]

@@ -1,0 +1,143 @@
+"""A card: the facts about one mechanism, as frozen data. Lists, docs, checks and reports are generated from it."""
+
+import ast
+import math
+import operator
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Literal, get_args
+
+from .errors import RegardError, require
+
+Layout = Literal["sequence", "set", "graph", "map", "pair", "recurrent", "structure", "system"]
+Checked = Literal["authors", "public", "equations", "reconstruction"]
+
+CAPABILITIES: Mapping[str, str] = MappingProxyType(
+    {
+        "causal": "has a causal mode: `causal=True`, or always causal",
+        "cross": "attends from `x` to another sequence `context`",
+        "key_mask": "takes `key_mask` (batch, keys), True = may be attended",
+        "attn_mask": "takes `attn_mask` (queries, keys) or (batch, heads, queries, keys), True = may be attended",
+        "mask": "takes `mask` (batch, elements), True = a real element",
+        "weights": "returns its attention weights: `return_weights=True`",
+        "row_stochastic": "the returned weights are non-negative and sum to one over the last axis",
+        "linear": "time and memory grow linearly in the number of positions",
+        "step": "runs one position at a time: `init_state` and `step`",
+        "qkv_core": "`attend(q, k, v)` is the mechanism as a function of queries, keys and values",
+        "any_dims": "maps of one, two or three spatial axes",
+        "permutation_equivariant": "permuting the positions permutes the output",
+        "permutation_invariant": "permuting the elements leaves the output unchanged",
+        "identity_start": "a fresh module returns its input unchanged",
+        "gate": "`gate(x)` gives the multiplicative gate alone, to be fused into a residual addition",
+        "batch_statistics": "its BatchNorm needs more than one value per channel in training",
+        "upsamples": "the output map is larger than the input map",
+    }
+)
+
+
+@dataclass(frozen=True)
+class Paper:
+    """Where a mechanism was published. `arxiv` is the identifier alone, for example "1706.03762"."""
+
+    title: str
+    authors: str
+    venue: str
+    year: int
+    arxiv: str | None = None
+
+    def bibtex(self, key: str) -> str:
+        names = [name.strip() for name in self.authors.replace(" and ", ", ").split(",")]
+        rows = [f"title = {{{self.title}}}", f"author = {{{' and '.join(n for n in names if n)}}}"]
+        rows += [f"booktitle = {{{self.venue}}}", f"year = {{{self.year}}}"]
+        if self.arxiv:
+            rows += [f"eprint = {{{self.arxiv}}}", "archiveprefix = {arXiv}"]
+        return f"@inproceedings{{{key},\n  " + ",\n  ".join(rows) + "\n}"
+
+
+@dataclass(frozen=True)
+class Card:
+    """The facts about one mechanism.
+
+    Args:
+        id: the name given to `regard.create`; equals the file's name.
+        layout: what it works on. `also` lists further layouts of the same mechanism.
+        paper, source: the publication, and the code it was compared with.
+        summary, when: what it is, and when to choose it; one sentence each.
+        flops: matrix-product FLOPs of one forward pass (2mnk a product, element-wise work not counted), as an expression in `B` (batch), `N`
+            (queries, positions or elements), `M` (keys), `H`, `W` (a map's sides) and any attribute of the module. Compared with a count.
+        grows: exponent of the counted FLOPs in each size, for large sizes: {"N": 2.0}. Measured by counting.
+        can: capabilities, keys of `CAPABILITIES`; they decide which checks apply.
+        example: constructor arguments of a small instance.
+        checked_against: "authors" (their code), "public" (a trusted public implementation), "equations" (of the paper), "reconstruction".
+        uncertain: what is not certain about that, in one line.
+        returns: names of the outputs in order, as golden files name them.
+        place: where it belongs in a residual network (A to E, see docs/placement.md); maps only.
+        variants: further constructor arguments of small instances that the checks also run on.
+    """
+
+    id: str
+    layout: Layout
+    paper: Paper
+    source: str
+    summary: str
+    when: str
+    flops: str
+    grows: Mapping[str, float]
+    can: frozenset[str]
+    example: Mapping[str, Any]
+    checked_against: Checked = "authors"
+    uncertain: str = ""
+    also: tuple[Layout, ...] = ()
+    returns: tuple[str, ...] = ("out", "weights")
+    place: str = ""
+    variants: tuple[Mapping[str, Any], ...] = field(default=())
+
+    def __post_init__(self) -> None:
+        require(self.layout in get_args(Layout), "card of {}: layout={!r} is not one of {}", self.id, self.layout, get_args(Layout))
+        unknown = sorted(set(self.can) - set(CAPABILITIES))
+        require(not unknown, "card of {}: unknown capabilities {}; known are {}", self.id, unknown, sorted(CAPABILITIES))
+
+    def cost(self, module: object, **sizes: int) -> float:
+        """FLOPs of one forward pass of `module` on inputs of these sizes, by the card's formula."""
+        return evaluate(self.flops, lambda name: sizes[name] if name in sizes else getattr(module, name))
+
+
+_OPERATORS: dict[type, Callable[..., float]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+    ast.FloorDiv: operator.floordiv,
+    ast.Mod: operator.mod,
+    ast.Pow: operator.pow,
+    ast.USub: operator.neg,
+}
+_FUNCTIONS: dict[str, Callable[..., float]] = {"min": min, "max": max, "ceil": math.ceil, "floor": math.floor, "sqrt": math.sqrt, "log2": math.log2}
+
+
+def evaluate(formula: str, value_of: Callable[[str], Any]) -> float:
+    """Evaluate an arithmetic expression: + - * / // % **, `a if b else c`, min max ceil floor sqrt log2, names given by `value_of`."""
+
+    def walk(node: ast.AST) -> Any:
+        match node:
+            case ast.Expression(body=body):
+                return walk(body)
+            case ast.Constant(value=int() | float() as value):
+                return value
+            case ast.Name(id=name):
+                try:
+                    return value_of(name)
+                except (KeyError, AttributeError):
+                    raise RegardError(f"cost formula {formula!r}: {name!r} is neither a size nor an attribute of the module") from None
+            case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](walk(left), walk(right))
+            case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](walk(operand))
+            case ast.IfExp(test=test, body=body, orelse=orelse):
+                return walk(body) if walk(test) else walk(orelse)
+            case ast.Call(func=ast.Name(id=name), args=args) if name in _FUNCTIONS:
+                return _FUNCTIONS[name](*(walk(arg) for arg in args))
+        raise RegardError(f"cost formula {formula!r}: cannot evaluate {ast.unparse(node)!r}")
+
+    return float(walk(ast.parse(formula, mode="eval")))

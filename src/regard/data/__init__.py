@@ -1,0 +1,1 @@
+"""Tasks' data: exact generators, and readers of real data that ships inside ordinary packages."""

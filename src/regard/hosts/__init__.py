@@ -1,0 +1,1 @@
+"""Plain networks with a slot for a mechanism: attention is a constructor argument."""

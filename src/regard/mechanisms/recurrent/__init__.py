@@ -1,0 +1,2 @@
+"""Cells with gates: whole sequences, single steps, and the gates to look at.
+"""

@@ -1,0 +1,184 @@
+r"""Multi-head attention: every query takes a softmax-weighted mean of all values it may see.
+
+    S = scale q k^T + bias,   W = softmax_M(S) over the allowed keys,   out = (W v) Wo^T + bo,   scale = d^-1/2
+
+Vaswani, Shazeer, Parmar, Uszkoreit, Jones, Gomez, Kaiser, Polosukhin, "Attention Is All You Need", NeurIPS 2017. arXiv:1706.03762.
+B batch, N queries, M keys, D dim, E context_dim, H heads, G key-value heads, d head width. Not in the paper: grouped heads (arXiv:2305.13245),
+normed queries and keys, rotary and relative positions; a query with no allowed key gets zeros before the output projection.
+"""
+
+from typing import ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ...card import Card, Paper
+from ...errors import require
+from ...mechanism import Mechanism
+from ...official import KeyMap, fused
+from ...ops.softmax_attention import attend, attention_weights, combine_masks
+from ...parts.heads import head_width, init_projections_, merge_heads, split_heads
+from ...parts.positions import RelativeBias, alibi_bias, alibi_slopes, rotary
+from ...validate import check_bool, check_broadcastable, check_context, check_divisible, check_floating, check_mask, check_tokens
+
+
+class MultiHeadAttention(Mechanism):
+    """Args:
+    dim: width of the input and the output.
+    num_heads, head_dim: number of heads and width of each; head_dim=None means dim // num_heads.
+    context_dim: width of `context`; dim if None.
+    num_kv_heads: heads of keys and values, each shared by num_heads // num_kv_heads query heads; num_heads if None.
+    qkv_bias, out_bias: biases of the projections.
+    dropout: probability of dropping a weight in training.
+    causal: key j is seen by query i if j <= i + M - N, so one new query sees a whole cache of keys.
+    scale: factor of the scores; head_dim ** -0.5 if None.
+    qk_norm: RMSNorm on every query and key head vector.
+    rope, rope_dim, rope_base, rope_interleaved: rotary positions on the first rope_dim channels of each head.
+    alibi: bias of minus slope times distance.
+    rel_pos_bias: None, "t5" (num_buckets, max_distance) or "toeplitz" (max_len).
+    """
+
+    card: ClassVar = Card(
+        id="multi_head",
+        layout="sequence",
+        paper=Paper(
+            title="Attention Is All You Need",
+            authors="Ashish Vaswani, Noam Shazeer, Niki Parmar, Jakob Uszkoreit, Llion Jones, Aidan N. Gomez, Lukasz Kaiser, Illia Polosukhin",
+            venue="NeurIPS",
+            year=2017,
+            arxiv="1706.03762",
+        ),
+        source="PyTorch nn.MultiheadAttention 2.13 (BSD-3)",
+        summary="Exact softmax attention over all pairs, in several heads.",
+        when="The baseline: up to a few thousand positions, or whenever exact per-pair weights matter.",
+        flops="2*B*N*dim*num_heads*head_dim*2 + 2*B*M*context_dim*num_kv_heads*head_dim*2 + 4*B*num_heads*N*M*head_dim",
+        grows={"N": 2.0},
+        can=frozenset({"causal", "cross", "key_mask", "attn_mask", "weights", "row_stochastic", "qkv_core", "permutation_equivariant"}),
+        checked_against="public",
+        example={"dim": 32, "num_heads": 4},
+        variants=({"dim": 24, "num_heads": 4, "num_kv_heads": 2, "rope": True, "causal": True}, {"dim": 24, "num_heads": 3, "rel_pos_bias": "t5"}),
+    )
+    official: ClassVar = (
+        KeyMap(
+            "torch.nn.MultiheadAttention",
+            (
+                fused("in_proj_weight", ("q_proj.weight", "k_proj.weight", "v_proj.weight")),
+                fused("in_proj_bias", ("q_proj.bias", "k_proj.bias", "v_proj.bias")),
+            ),
+        ),
+        KeyMap(
+            "torch.nn.MultiheadAttention with kdim",
+            (
+                fused("q_proj_weight", ("q_proj.weight",)),
+                fused("k_proj_weight", ("k_proj.weight",)),
+                fused("v_proj_weight", ("v_proj.weight",)),
+                fused("in_proj_bias", ("q_proj.bias", "k_proj.bias", "v_proj.bias")),
+            ),
+        ),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        *,
+        context_dim: int | None = None,
+        num_kv_heads: int | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        causal: bool = False,
+        scale: float | None = None,
+        qk_norm: bool = False,
+        rope: bool = False,
+        rope_dim: int | None = None,
+        rope_base: float = 10000.0,
+        rope_interleaved: bool = False,
+        alibi: bool = False,
+        rel_pos_bias: Literal["t5", "toeplitz"] | None = None,
+        max_len: int | None = None,
+        num_buckets: int = 32,
+        max_distance: int = 128,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_width(dim, num_heads, head_dim)
+        self.context_dim = dim if context_dim is None else context_dim
+        self.num_kv_heads = num_heads if num_kv_heads is None else num_kv_heads
+        check_divisible(num_heads, self.num_kv_heads, "num_heads", "num_kv_heads")
+        require(0.0 <= dropout < 1.0, "dropout={} must be in [0, 1)", dropout)
+        self.dropout, self.causal, self.qkv_bias, self.out_bias, self.qk_norm = dropout, causal, qkv_bias, out_bias, qk_norm
+        self.scale = self.head_dim**-0.5 if scale is None else scale
+        self.rope, self.rope_dim = rope, self.head_dim if rope_dim is None else rope_dim
+        self.rope_base, self.rope_interleaved, self.alibi = rope_base, rope_interleaved, alibi
+        fits = 0 < self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0
+        require(not rope or fits, "rope_dim={} must be even and at most head_dim={}", self.rope_dim, self.head_dim)
+        dd = {"device": device, "dtype": dtype}
+        width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
+        self.k_proj = nn.Linear(self.context_dim, kv_width, qkv_bias, **dd)
+        self.v_proj = nn.Linear(self.context_dim, kv_width, qkv_bias, **dd)
+        self.out_proj = nn.Linear(width, dim, out_bias, **dd)
+        init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **dd) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **dd) if qk_norm else nn.Identity()
+        table = {"max_len": max_len, "num_buckets": num_buckets, "max_distance": max_distance}
+        self.rel_pos_bias = RelativeBias(rel_pos_bias, num_heads, bidirectional=not causal, **table, **dd) if rel_pos_bias else None
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n dim"],
+        context: Float[Tensor, "b m context_dim"] | None = None,
+        *,
+        key_mask: Bool[Tensor, "b m"] | None = None,
+        attn_mask: Bool[Tensor, "#b #h n m"] | None = None,
+        attn_bias: Float[Tensor, "#b #h n m"] | None = None,
+        positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> Float[Tensor, "b n dim"] | tuple[Tensor, Tensor]:
+        """Attend from `x` to `context` (to `x` itself if None). Returns (B, N, dim), or that and the weights (B, H, N, M)."""
+        check_tokens(x, self.dim)
+        source = x if context is None else context
+        check_context(x, source, self.context_dim)
+        (b, n, _), m = x.shape, source.shape[1]
+        check_mask(key_mask, b, m)
+        if attn_mask is not None:
+            check_bool(attn_mask, "attn_mask")
+            check_broadcastable(attn_mask, (b, self.num_heads, n, m), "attn_mask")
+        if attn_bias is not None:
+            check_floating(attn_bias, "attn_bias")
+            check_broadcastable(attn_bias, (b, self.num_heads, n, m), "attn_bias")
+        q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))
+        k = self.k_norm(split_heads(self.k_proj(source), self.num_kv_heads))
+        v = split_heads(self.v_proj(source), self.num_kv_heads)
+        if self.rope:
+            q, k = self._rotate(q, positions, "positions"), self._rotate(k, context_positions if context is not None else positions, "context_positions")
+        mask = combine_masks(key_mask[:, None, None] if key_mask is not None else None, attn_mask)
+        options = {"scale": self.scale, "mask": mask, "bias": self._bias(n, m, attn_bias), "causal": self.causal}
+        out = attend(q, k, v, dropout=self.dropout if self.training else 0.0, **options)
+        out = self.out_proj(merge_heads(out))
+        return (out, attention_weights(q, k, **options)) if return_weights else out
+
+    def _rotate(self, x: Tensor, positions: Tensor | None, name: str) -> Tensor:
+        positions = torch.arange(x.shape[2], device=x.device) if positions is None else positions
+        fits = positions.shape[-1] == x.shape[2] and positions.ndim in (1, 2)
+        require(fits, "{} must be (positions,) or (batch, positions) for {} positions, got {}", name, x.shape[2], tuple(positions.shape))
+        return rotary(x, positions, self.rope_dim, self.rope_base, self.rope_interleaved)
+
+    def _bias(self, n: int, m: int, attn_bias: Tensor | None) -> Tensor | None:
+        bias = attn_bias
+        if self.alibi:
+            slopes = torch.tensor(alibi_slopes(self.num_heads), device=self.q_proj.weight.device, dtype=self.q_proj.weight.dtype)
+            bias = alibi_bias(slopes, n, m) if bias is None else bias + alibi_bias(slopes, n, m)
+        if self.rel_pos_bias is not None:
+            bias = self.rel_pos_bias(n, m) if bias is None else bias + self.rel_pos_bias(n, m)
+        return bias
+
+    @staticmethod
+    def attend(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:
+        """The core alone, on (B, H, N, d)."""
+        return attend(q, k, v, mask=key_mask[:, None, None] if key_mask is not None else None, causal=causal)

@@ -1,0 +1,5 @@
+"""The engines: pure functions on tensors, without parameters.
+
+A folder is one operation. `api.py` checks and chooses, `reference.py` is the truth in plain torch, other files are faster ways to the same
+numbers and never import one another.
+"""

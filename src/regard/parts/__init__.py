@@ -1,0 +1,1 @@
+"""Small modules that two or more mechanisms use."""

@@ -1,0 +1,1 @@
+"""Train, measure and compare mechanisms under equal conditions."""
