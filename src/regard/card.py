@@ -68,11 +68,13 @@ class Card:
             (queries, positions or elements), `M` (keys), `H`, `W` (a map's sides) and any attribute of the module. Compared with a count.
         grows: exponent of the counted FLOPs in each size, for large sizes: {"N": 2.0}. Measured by counting.
         can: capabilities, keys of `CAPABILITIES`; they decide which checks apply.
+        unless: the options that take a capability away, as conditions on the module's attributes: {"cross": "causal or alibi"}.
         example: constructor arguments of a small instance.
         checked_against: "authors" (their code), "public" (a trusted public implementation), "equations" (of the paper), "reconstruction".
         uncertain: what is not certain about that, in one line.
         returns: names of the outputs in order, as golden files name them.
         place: where it belongs in a residual network (A to E, see docs/placement.md); maps only.
+        bounds: wider tolerances that the mechanism's definition forces, by check name or "golden.<case>"; each needs its reason in the file.
         variants: further constructor arguments of small instances that the checks also run on.
     """
 
@@ -92,18 +94,28 @@ class Card:
     returns: tuple[str, ...] = ("out", "weights")
     place: str = ""
     variants: tuple[Mapping[str, Any], ...] = field(default=())
+    unless: Mapping[str, str] = field(default_factory=dict)
+    bounds: Mapping[str, float] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.layout in get_args(Layout), "card of {}: layout={!r} is not one of {}", self.id, self.layout, get_args(Layout))
         unknown = sorted(set(self.can) - set(CAPABILITIES))
         require(not unknown, "card of {}: unknown capabilities {}; known are {}", self.id, unknown, sorted(CAPABILITIES))
+        loose = sorted(set(self.unless) - set(self.can))
+        require(not loose, "card of {}: `unless` names {}, which `can` does not claim", self.id, loose)
 
     def cost(self, module: object, **sizes: int) -> float:
         """FLOPs of one forward pass of `module` on inputs of these sizes, by the card's formula."""
-        return evaluate(self.flops, lambda name: sizes[name] if name in sizes else getattr(module, name))
+        return float(evaluate(self.flops, lambda name: sizes[name] if name in sizes else getattr(module, name)))
+
+    def capabilities(self, module: object) -> frozenset[str]:
+        """What this instance can do: `can`, less what its options take away. A causal module respects no permutation."""
+        lost = {name for name, condition in self.unless.items() if evaluate(condition, lambda attribute: getattr(module, attribute))}
+        causal = getattr(module, "causal", "causal" in self.can)
+        return self.can - lost - ({"permutation_equivariant", "permutation_invariant"} if causal else set())
 
 
-_OPERATORS: dict[type, Callable[..., float]] = {
+_OPERATORS: dict[type, Callable[..., Any]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -112,24 +124,46 @@ _OPERATORS: dict[type, Callable[..., float]] = {
     ast.Mod: operator.mod,
     ast.Pow: operator.pow,
     ast.USub: operator.neg,
+    ast.Not: operator.not_,
+    ast.Eq: operator.eq,
+    ast.NotEq: operator.ne,
+    ast.Lt: operator.lt,
+    ast.LtE: operator.le,
+    ast.Gt: operator.gt,
+    ast.GtE: operator.ge,
+    ast.In: lambda item, group: item in group,
+    ast.NotIn: lambda item, group: item not in group,
+    ast.Is: operator.is_,
+    ast.IsNot: operator.is_not,
 }
 _FUNCTIONS: dict[str, Callable[..., float]] = {"min": min, "max": max, "ceil": math.ceil, "floor": math.floor, "sqrt": math.sqrt, "log2": math.log2}
 
 
-def evaluate(formula: str, value_of: Callable[[str], Any]) -> float:
-    """Evaluate an arithmetic expression: + - * / // % **, `a if b else c`, min max ceil floor sqrt log2, names given by `value_of`."""
+def evaluate(formula: str, value_of: Callable[[str], Any]) -> Any:
+    """Evaluate an expression on a card: + - * / // % **, comparisons, and or not, `a if b else c`, min max ceil floor sqrt log2, tuples.
+
+    `value_of` gives the value of a name.
+    """
 
     def walk(node: ast.AST) -> Any:
         match node:
             case ast.Expression(body=body):
                 return walk(body)
-            case ast.Constant(value=int() | float() as value):
+            case ast.Constant(value=value):
                 return value
+            case ast.Tuple(elts=items):
+                return tuple(walk(item) for item in items)
+            case ast.BoolOp(op=ast.And(), values=values):
+                return all(walk(value) for value in values)
+            case ast.BoolOp(op=ast.Or(), values=values):
+                return any(walk(value) for value in values)
+            case ast.Compare(left=left, ops=[op], comparators=[right]) if type(op) in _OPERATORS:
+                return _OPERATORS[type(op)](walk(left), walk(right))
             case ast.Name(id=name):
                 try:
                     return value_of(name)
                 except (KeyError, AttributeError):
-                    raise RegardError(f"cost formula {formula!r}: {name!r} is neither a size nor an attribute of the module") from None
+                    raise RegardError(f"card expression {formula!r}: {name!r} is neither a size nor an attribute of the module") from None
             case ast.BinOp(left=left, op=op, right=right) if type(op) in _OPERATORS:
                 return _OPERATORS[type(op)](walk(left), walk(right))
             case ast.UnaryOp(op=op, operand=operand) if type(op) in _OPERATORS:
@@ -138,6 +172,6 @@ def evaluate(formula: str, value_of: Callable[[str], Any]) -> float:
                 return walk(body) if walk(test) else walk(orelse)
             case ast.Call(func=ast.Name(id=name), args=args) if name in _FUNCTIONS:
                 return _FUNCTIONS[name](*(walk(arg) for arg in args))
-        raise RegardError(f"cost formula {formula!r}: cannot evaluate {ast.unparse(node)!r}")
+        raise RegardError(f"card expression {formula!r}: cannot evaluate {ast.unparse(node)!r}")
 
-    return float(walk(ast.parse(formula, mode="eval")))
+    return walk(ast.parse(formula, mode="eval"))

@@ -1,7 +1,9 @@
 """ListOps after the rule of Long Range Arena: nested MAX, MIN, MED and SM (sum modulo 10) over digits; the answer is a digit.
 
-A node is an operator with probability 0.25 and otherwise a digit, a digit at depth 10, an operator has 2 to 10 arguments. The tokens are ten
-digits, four operators and the closing bracket: the brackets of the binary tree form are left out, the closing one of the list is kept, because
+A node is an operator with probability 0.25 and otherwise a digit, a digit at depth 10, an operator has 2 to 10 arguments. The tokens
+are ten
+digits, four operators and the closing bracket: the brackets of the binary tree form are left out, the closing one of the list is kept,
+because
 without it the tree cannot be read back.
 """
 
@@ -20,7 +22,8 @@ MAX_DEPTH, MAX_ARGS, OPERATOR_SHARE = 10, 10, 0.25
 
 
 def listops(length: int, *, train: int = 8000, test: int = 1000, shortest: int | None = None, seed: int = 0) -> FixedData:
-    """Expressions of `shortest` to `length` tokens, padded to `length`, no expression twice: `x` (B, length), `y` (B,) the answer, `key_mask`.
+    """Expressions of `shortest` to `length` tokens, padded to `length`, no expression twice: `x` (B, length), `y` (B,) the answer,
+    `key_mask`.
 
     Args:
         length: longest expression, in tokens.
@@ -35,7 +38,9 @@ def listops(length: int, *, train: int = 8000, test: int = 1000, shortest: int |
     tries = 0
     while len(found) < train + test:
         tries += 1
-        require(tries < 1000 * (train + test), "listops: too few different expressions of {} to {} tokens; widen the range", shortest, length)
+        require(
+            tries < 1000 * (train + test), "listops: too few different expressions of {} to {} tokens; widen the range", shortest, length
+        )
         tokens: list[int] = []
         answer = _grow(draw, tokens, length, depth=1, root=True)
         if answer is not None and shortest <= len(tokens) <= length:

@@ -24,7 +24,13 @@ def mqar(length: int, *, pairs: int = 8, vocabulary: int = 64, train: int = 20_0
     """
     require(length % 2 == 0, "mqar: length={} must be even", length)
     require(pairs >= 1, "mqar: pairs={} must be at least 1", pairs)
-    require(4 * pairs <= length, "mqar: pairs={} needs a length of at least {}, it is {}; use fewer pairs or a longer length", pairs, 4 * pairs, length)
+    require(
+        4 * pairs <= length,
+        "mqar: pairs={} needs a length of at least {}, it is {}; use fewer pairs or a longer length",
+        pairs,
+        4 * pairs,
+        length,
+    )
     require(pairs < vocabulary // 2, "mqar: pairs={} needs more keys than vocabulary={} has ({})", pairs, vocabulary, vocabulary // 2 - 1)
     generator = torch.Generator().manual_seed(seed)
     x, y = _sequences(train + test, length, pairs, vocabulary, generator)

@@ -1,6 +1,7 @@
 """Real bytes without a download: the Python source of the interpreter's own packages.
 
-A file belongs wholly to training or wholly to test, by the hash of its name; files of equal content are kept once. Windows are cut anywhere in the
+A file belongs wholly to training or wholly to test, by the hash of its name; files of equal content are kept once. Windows are cut
+anywhere in the
 files of one package and one side, laid one after another, so that every window is full and neither length nor padding tells the package.
 """
 
@@ -40,7 +41,8 @@ class Corpus:
 
 @cache
 def corpus(root: str | None = None) -> Corpus:
-    """Read the packages below `root` (the standard library by default), the first `NUM_CLASSES` of `PREFERRED` that are there and large enough."""
+    """Read the packages below `root` (the standard library by default), the first `NUM_CLASSES` of `PREFERRED` that are there and
+    large enough."""
     base = Path(root or sysconfig.get_paths()["stdlib"])
     found: list[tuple[str, list[tuple[str, bytes]]]] = []
     seen: set[bytes] = set()
@@ -52,7 +54,8 @@ def corpus(root: str | None = None) -> Corpus:
             break
     require(
         len(found) >= 2,
-        "task 'source': {} holds the source of {} packages, at least 2 are needed; use a Python that ships its standard library as .py files",
+        "task 'source': {} holds the source of {} packages, at least 2 are needed; use a Python that ships its standard library as .py "
+        "files",
         base,
         len(found),
     )
@@ -69,7 +72,9 @@ def corpus(root: str | None = None) -> Corpus:
 
 def _read(base: Path, package: str, seen: set[bytes]) -> list[tuple[str, bytes]]:
     """(name, content) of the package's modules, without its tests, in the order of the hashes of their names."""
-    paths = [p for p in sorted((base / package).rglob("*.py")) if not any("test" in part for part in p.relative_to(base / package).parts[:-1])]
+    paths = [
+        p for p in sorted((base / package).rglob("*.py")) if not any("test" in part for part in p.relative_to(base / package).parts[:-1])
+    ]
     files = []
     for path in paths:
         content = path.read_bytes()
@@ -101,7 +106,12 @@ class SourceWindows:
         self.span = length + language_model
         shortest = min(len(stream) for stream in (*self.corpus.train, *self.corpus.test))
         require(length >= 4, "length={} is too short for windows of source; use at least 4", length)
-        require(self.span <= shortest, "length={} is longer than the smallest package's test files ({} bytes); use a shorter one", length, shortest)
+        require(
+            self.span <= shortest,
+            "length={} is longer than the smallest package's test files ({} bytes); use a shorter one",
+            length,
+            shortest,
+        )
         classes = range(len(self.corpus.classes))
         windows = [_cut(s, torch.linspace(0, len(s) - self.span, test_per_class).long(), self.span) for s in self.corpus.test]
         # Interleaved, so that the first windows alone are balanced too.

@@ -54,7 +54,8 @@ class ResNet(nn.Module):
 
 
 class SegmentationNet(nn.Module):
-    """A map -> a class per pixel: blocks at half the side, then back up with the stem's details. (B, inputs, H, W) -> (B, classes, H, W)."""
+    """A map -> a class per pixel: blocks at half the side, then back up with the stem's details. (B, inputs, H, W) -> (B, classes, H,
+    W)."""
 
     def __init__(self, inputs: int, num_classes: int, slot: Slot, *, width: int = 32, depth: int = 2) -> None:
         super().__init__()

@@ -16,7 +16,8 @@ Slot = Callable[[int], nn.Module | None] | nn.Module | None
 def build(slot: Slot, width: int) -> nn.Module | None:
     """The module for one slot.
 
-    Its parameters are drawn from a generator state of its own, so that the rest of the host starts from the same weights whatever the slot draws.
+    Its parameters are drawn from a generator state of its own, so that the rest of the host starts from the same weights whatever the
+    slot draws.
     """
     seed = int(torch.randint(2**31, ()))
     if slot is None:
@@ -35,6 +36,8 @@ class TokenSlot(nn.Module):
         module: takes `x`, and `key_mask` or `mask` if it has one; a tuple's first entry is the output.
     """
 
+    module: nn.Module
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
         self.module = module
@@ -45,12 +48,20 @@ class TokenSlot(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         masked = {} if key_mask is None or self.mask_name is None else {self.mask_name: key_mask}
         out = first(self.module(x, **masked))
-        require(out.shape == x.shape, "{} turns {} into {}; a slot needs the same shape", type(self.module).__name__, tuple(x.shape), tuple(out.shape))
+        require(
+            out.shape == x.shape,
+            "{} turns {} into {}; a slot needs the same shape",
+            type(self.module).__name__,
+            tuple(x.shape),
+            tuple(out.shape),
+        )
         return out
 
 
 class MapSlot(nn.Module):
     """Calls a mechanism on a map (B, channels, height, width) and gives back the map alone."""
+
+    module: nn.Module
 
     def __init__(self, module: nn.Module) -> None:
         super().__init__()
@@ -58,7 +69,13 @@ class MapSlot(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = first(self.module(x))
-        require(out.shape == x.shape, "{} turns {} into {}; a slot needs the same shape", type(self.module).__name__, tuple(x.shape), tuple(out.shape))
+        require(
+            out.shape == x.shape,
+            "{} turns {} into {}; a slot needs the same shape",
+            type(self.module).__name__,
+            tuple(x.shape),
+            tuple(out.shape),
+        )
         return out
 
 

@@ -28,7 +28,8 @@ class Block(nn.Module):
 class TokenTrunk(nn.Module):
     """Embedding, fixed sinusoidal positions (any length), a convolution of width 4 over earlier tokens, and the blocks.
 
-    The convolution gives every candidate, `none` too, the same view of neighbouring tokens; bytes alone mean little. It looks back only, so that
+    The convolution gives every candidate, `none` too, the same view of neighbouring tokens; bytes alone mean little. It looks back
+    only, so that
     the causal model may have it as well.
 
     Args:
@@ -63,7 +64,12 @@ def positions(length: int, dim: int, device: torch.device, dtype: torch.dtype) -
 
 
 class TokenEncoder(nn.Module):
-    """Tokens -> class: the trunk, the mean over real positions, a linear classifier. forward: (B, N) [, key_mask (B, N)] -> (B, classes)."""
+    """Tokens -> class. forward: (B, N) [, key_mask (B, N)] -> (B, classes).
+
+    The trunk, then the mean plus the largest value over real positions, then a linear classifier. The largest value lets one telling
+    word in a long
+    window decide, which the mean alone learns only slowly.
+    """
 
     def __init__(self, vocabulary: int, num_classes: int, slot: Slot, *, dim: int = 64, depth: int = 2, mlp_ratio: float = 2.0) -> None:
         super().__init__()
@@ -73,9 +79,11 @@ class TokenEncoder(nn.Module):
     def forward(self, tokens: Tensor, key_mask: Tensor | None = None) -> Tensor:
         x = self.trunk(tokens, key_mask)
         if key_mask is None:
-            return self.classify(x.mean(1))
-        real = key_mask[..., None].to(x.dtype)
-        return self.classify((x * real).sum(1) / real.sum(1).clamp(min=1))
+            return self.classify(x.mean(1) + x.amax(1))
+        real = key_mask[..., None]
+        mean = x.masked_fill(~real, 0).sum(1) / real.sum(1).clamp(min=1)
+        largest = x.masked_fill(~real, float("-inf")).amax(1).masked_fill(~real.any(1), 0)
+        return self.classify(mean + largest)
 
 
 class CausalLM(nn.Module):

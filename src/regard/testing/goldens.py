@@ -7,7 +7,7 @@ A file is safetensors with string metadata `id`, `case`, `kwargs` (JSON), `mode`
 import inspect
 import json
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ class Golden:
     kwargs: dict[str, Any]
     mode: str
     tensors: dict[str, Tensor]
-    bounds: dict[str, float] = field(default_factory=dict)
 
     def group(self, prefix: str) -> dict[str, Tensor]:
         """The tensors named `prefix.*`, under what follows; one named `prefix` alone is called ""."""
@@ -81,8 +80,7 @@ def read(path: Path) -> Golden:
         raise RegardError(f"{path} is not a readable safetensors file: {error}") from None
     missing = [name for name in ("id", "case", "kwargs", "mode") if name not in meta]
     require(not missing, "{} is no golden file: its metadata lacks {}", path, missing)
-    bounds = {name: float(meta[name]) for name in ("output_bound", "gradient_bound") if name in meta}
-    return Golden(path, meta["id"], meta["case"], json.loads(meta["kwargs"]), meta["mode"], tensors, bounds)
+    return Golden(path, meta["id"], meta["case"], json.loads(meta["kwargs"]), meta["mode"], tensors)
 
 
 def verify(paths: Iterable[str | Path]) -> Iterator[Verdict]:
@@ -123,11 +121,9 @@ def _compare(golden: Golden) -> Verdict:
         statistics = {name: (written[name], t) for name, t in after.items()}
 
     outputs = {name: (actual[name], t) for name, t in expected.items()}
-    bounds = {"output": golden.bounds.get("output_bound", OUTPUT_BOUND), "grad": golden.bounds.get("gradient_bound", GRADIENT_BOUND)}
-    table = getattr(type(module), "golden_bounds", {}).get(golden.case, {})
-    bounds |= table
     errors = {"output": _errors(outputs), "grad": _errors(gradients), "after": _errors(statistics)}
-    limits = {"output": bounds["output"], "grad": bounds["grad"], "after": bounds["output"]}
+    outer = registry.card(golden.id).bounds.get(f"golden.{golden.case}", OUTPUT_BOUND)
+    limits = {"output": outer, "grad": GRADIENT_BOUND, "after": outer}
     over = [(error / limits[kind], f"{kind}.{name}".rstrip("."), error) for kind, rows in errors.items() for name, error in rows.items()]
     worst = max(over)
     largest = {kind: max(rows.values()) if rows else None for kind, rows in errors.items()}

@@ -26,12 +26,12 @@ from .table import (
     count_text,
     definitions,
     finite,
+    half_width,
     labels,
     longest_scored,
     overlap,
     ranking,
     seconds_text,
-    significant,
 )
 
 COLOURS = 6
@@ -47,27 +47,27 @@ SHAPES = (
 FIGURES: tuple[tuple[str, str, str], ...] = (
     (
         "accuracy",
-        "Accuracy against latency",
-        "Each mark is a candidate trained at the chosen {length_name}: {metric} (mean and 95 % interval over the seeds) against the median latency of "
-        "one forward pass (quartiles over rounds). The stepped line joins the candidates that no other one beats in both.",
+        "{Metric} against latency",
+        "Each mark is a candidate trained at the chosen {length_name}: {metric} (mean and 95 % interval over the seeds) against the median "
+        "latency of one forward pass (quartiles over rounds). The stepped line joins the candidates that no other one beats in both.",
     ),
     (
         "growth",
         "Growth with {length_name}",
-        "Latency, counted peak memory and counted FLOPs of one forward pass at each cost {length_name}, both axes logarithmic: a straight line is a power "
-        "law, and the number beside a name is its fitted exponent. Batches are the same for all candidates at a {length_name}.",
+        "Latency, counted peak memory and counted FLOPs of one forward pass at each measured {length_name}. Both axes are logarithmic: a "
+        "straight line is a power law, and the number beside a name is its fitted exponent.",
     ),
     (
         "curves",
         "Learning curves",
-        "{metric} on held-out data and training loss at each evaluation; the line is the mean over the seeds, the band runs from the lowest seed to the "
-        "highest. Seconds count training only, on this machine.",
+        "{Metric} on held-out data and training loss at each evaluation. The line is the mean over the seeds, the band runs from the "
+        "lowest seed to the highest. Seconds count training only, on this machine.",
     ),
     (
         "pictures",
         "Attention",
-        "Weights of trained candidates on held-out examples: each row is a query, each column a key. Colours run from 0 to the largest weight of that "
-        "picture, which stands beside its scale.",
+        "Weights of trained candidates on a held-out example, as each caption says. Colours run from 0 to the largest value of that "
+        "picture, so they compare within a picture, not between two.",
     ),
 )
 
@@ -114,10 +114,12 @@ def render(summary: Summary) -> str:
         lstrip_blocks=True,
     )
     task = summary.task
-    words = {"metric": task.metric, "length_name": task.length_name}
+    words = {"metric": task.metric, "Metric": task.metric[:1].upper() + task.metric[1:], "length_name": task.length_name}
     shown = longest_scored(summary) or max(summary.lengths, default=None)
     short = labels(summary)
-    figures = {key: (title.format_map(words), text.format_map(words)) for key, title, text in FIGURES if key != "pictures" or summary.pictures}
+    figures = {
+        key: (title.format_map(words), text.format_map(words)) for key, title, text in FIGURES if key != "pictures" or summary.pictures
+    }
     view = {
         "labels": [short[c.name] for c in summary.candidates],
         "shapes": SHAPES,
@@ -200,47 +202,54 @@ def _rows(summary: Summary, length: int) -> list[Row]:
     """Rows of the table at a length, the best first; the interval of each score as percentages of the range all of them span."""
     ranked = ranking(summary, length)
     best = ranked[0][1] if ranked else None
-    spans = [(score.mean - (score.half_width or 0), score.mean + (score.half_width or 0)) for _, score in ranked]
+    spans = [(score.mean - half_width(score), score.mean + half_width(score)) for _, score in ranked]
     low, high = (min(a for a, _ in spans), max(b for _, b in spans)) if spans else (0.0, 0.0)
 
     def strip(score: Estimate) -> dict[str, float] | None:
         if high <= low:
             return None
-        half = score.half_width or 0
-        return {"left": 100 * (score.mean - half - low) / (high - low), "width": 200 * half / (high - low), "mean": 100 * (score.mean - low) / (high - low)}
+        half = half_width(score)
+        return {
+            "left": 100 * (score.mean - half - low) / (high - low),
+            "width": 200 * half / (high - low),
+            "mean": 100 * (score.mean - low) / (high - low),
+        }
 
     rows = []
     for candidate, score in ranked:
-        verdict = "best" if score is best else "within noise" if best and score.half_width is not None and overlap(best, score) else ""
+        verdict = "best" if score is best else "within noise" if best and len(score.values) > 1 and overlap(best, score) else ""
         rows.append(Row(candidate, cells(summary, candidate, length), verdict if len(ranked) > 1 else "", strip(score)))
     done = {candidate.name for candidate, _ in ranked}
     return rows + [Row(c, cells(summary, c, length), "", None) for c in summary.candidates if c.name not in done]
 
 
 def _failures(summary: Summary) -> list[tuple[str, str, str, str]]:
-    """Candidate, length, seed, reason of everything that did not work."""
-    found = [(t.candidate, f"{t.length:,}", str(t.seed), t.reason or "no reason given") for t in summary.trials if t.status != "ok"]
+    """Candidate, what (a seed or the cost), lengths, and reason of everything that did not work."""
+    found: dict[tuple[str, str, str], list[int]] = {}
+    for trial in summary.trials:
+        if trial.status != "ok":
+            found.setdefault((trial.candidate, f"training, seed {trial.seed}", trial.reason or "no reason given"), []).append(trial.length)
     for candidate in summary.candidates:
-        found += [
-            (candidate.name, f"{cost.length:,}", "cost", cost.reason or "no figure")
-            for cost in candidate.costs
-            if cost.reason or not finite(cost.latency_ms)
-        ]
-        told = [reason for name, _, _, reason in found if name == candidate.name]
-        found += [(candidate.name, "–", "–", text) for text in candidate.failures if not any(text in reason or reason in text for reason in told)]
-    return found
+        for cost in candidate.costs:
+            if cost.reason or not finite(cost.latency_ms):
+                found.setdefault((candidate.name, "cost", cost.reason or "no figure"), []).append(cost.length)
+        told = [reason for name, _, reason in found if name == candidate.name]
+        for text in candidate.failures:
+            if not any(reason in text for reason in told):
+                found[candidate.name, "", text] = []
+    return [(name, what, ", ".join(f"{length:,}" for length in lengths), reason) for (name, what, reason), lengths in found.items()]
 
 
 def _facts(summary: Summary) -> list[tuple[str, str]]:
     """The line of facts under the headline."""
     task, machine = summary.task, summary.machine
     metric = f"{task.metric}, {'higher' if task.higher_is_better else 'lower'} is better"
-    chance = "" if task.chance is None else f" (chance {significant(task.chance)})"
+    chance = "" if task.chance is None else f" (chance {task.chance:.3g})"
     return [
         ("Task", task.title),
         ("Metric", metric + chance),
         (task.length_name.capitalize(), ", ".join(f"{length:,}" for length in summary.lengths)),
-        ("Seeds", f"{len(summary.seeds)} ({', '.join(map(str, summary.seeds))})"),
+        ("Seeds", ", ".join(map(str, summary.seeds)) + (" (one seed: no intervals)" if len(summary.seeds) == 1 else "")),
         ("Budget", summary.budget),
         ("Machine", machine.device if machine.device not in ("", "cpu") else machine.cpu),
     ]
@@ -258,5 +267,8 @@ def _machine(summary: Summary) -> list[tuple[str, str]]:
         ("Processor", f"{machine.cpu}, {machine.cores} cores, {machine.threads} threads used"),
         ("Memory", bytes_text(machine.memory_gib * 2**30)),
         ("Calibrated rates", f"{count_text(machine.gflops * 1e9)}FLOP/s matrix product, {count_text(machine.gbytes * 1e9)}B/s copy"),
-        ("Versions", f"Python {machine.python}, PyTorch {machine.torch}, regard {machine.regard}" + (f" ({machine.git})" if machine.git else "")),
+        (
+            "Versions",
+            f"Python {machine.python}, PyTorch {machine.torch}, regard {machine.regard}" + (f" ({machine.git})" if machine.git else ""),
+        ),
     ]

@@ -5,6 +5,8 @@ import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from rich import box
+from rich.cells import cell_len
 from rich.table import Table
 from rich.text import Text
 
@@ -22,12 +24,12 @@ UNCHECKED = ("not checked", "Nobody has compared this module with a reference.")
 
 @dataclass(frozen=True)
 class Column:
-    """A column of the results; `wide` ones are left out of a narrow terminal. `{name}` in a definition is filled from the task."""
+    """A column of the results; a narrow terminal leaves out those of the highest rank first. `{name}` is filled from the task."""
 
     key: str
     heading: str
     definition: str
-    wide: bool = False
+    rank: int = 0
     group: str = ""
 
 
@@ -35,39 +37,47 @@ COLUMNS: tuple[Column, ...] = (
     Column(
         "score",
         "{metric}",
-        "{metric_definition} Mean over the seeds ± half the width of its 95 % interval (Student's t); {direction} is better. A candidate is "
-        "marked “within noise” when its interval overlaps that of the best one. The intervals are per candidate, not corrected for how many "
-        "candidates are compared.",
+        "{metric_definition} Mean over the seeds ± half the width of its 95 % interval (Student's t); {direction} is better. A candidate "
+        "is marked “within noise” when its interval overlaps that of the best one. The intervals are per candidate, not corrected for how "
+        "many candidates are compared.",
     ),
-    Column("parameters", "params", "Trainable numbers in the whole network, the part shared by all candidates included."),
-    Column("speed", "train ex/s", "Examples trained on per second (forward, backward, update), mean over the seeds.", wide=True),
+    Column("parameters", "params", "Trainable numbers in the whole network, the part shared by all candidates included.", rank=4),
+    Column("speed", "train ex/s", "Examples trained on per second (forward, backward, update), mean over the seeds.", rank=6),
     Column(
         "latency",
         "latency",
         "Time of one forward pass of the whole network on one batch, without gradients: median over rounds, with the quartiles. The batch "
         "size is in the tooltip.",
+        rank=1,
     ),
     Column(
         "flops",
         "FLOPs",
         "Floating-point operations of the matrix products in that forward pass (2·m·n·k each), counted while it runs, not timed. "
-        "Element-wise work is not counted.",
+        "Element-wise work is left out.",
+        rank=5,
     ),
-    Column("memory", "peak mem", "Most bytes alive at one moment of that forward pass beyond the weights, counted, not sampled."),
+    Column(
+        "memory",
+        "peak mem",
+        "Most bytes of tensors alive at one moment of that forward pass, beyond inputs and parameters; counted, not sampled.",
+        rank=2,
+    ),
     Column(
         "floor",
         "× floor",
-        "Latency divided by the machine's floor: the least time its calibrated matrix-product and copy rates allow for the counted FLOPs and "
-        "the bytes that must move. 1 is the limit of the hardware; large values are overhead.",
+        "Latency divided by the machine's floor: the least time its calibrated matrix-product and copy rates allow for the counted FLOPs "
+        "and the bytes that must move. 1 is the limit of the hardware; large values are overhead.",
+        rank=3,
     ),
-    Column("time", "time", "Exponent e of the fit latency ∝ {length_name}^e over the cost lengths, on log axes.", group="growth"),
-    Column("space", "mem", "The same fit for the counted peak memory.", wide=True, group="growth"),
-    Column("work", "FLOPs", "The same fit for the counted FLOPs.", wide=True, group="growth"),
+    Column("time", "time", "Exponent e of the fit latency ∝ {length_name}^e over the cost lengths, on log axes.", group="growth", rank=3),
+    Column("space", "mem", "The same fit for the counted peak memory.", group="growth", rank=8),
+    Column("work", "FLOPs", "The same fit for the counted FLOPs.", group="growth", rank=9),
     Column(
         "crossover",
         "crossover",
-        "Shortest measured {length_name} from which on the candidate is faster than multi_head. “not seen” means at no measured {length_name}.",
-        wide=True,
+        "Shortest measured {length_name} from which on the candidate is faster than multi_head. “not seen”: at no measured {length_name}.",
+        rank=7,
     ),
 )
 
@@ -93,8 +103,8 @@ def significant(value: float, digits: int = 3) -> str:
     """`value` to so many significant digits, without an exponent."""
     if value == 0 or not math.isfinite(value):
         return f"{value:g}"
-    decimals = digits - 1 - math.floor(math.log10(abs(value)))
-    return f"{round(value, decimals):,.{max(decimals, 0)}f}"
+    value = float(f"{value:.{digits - 1}e}")
+    return f"{value:,.{max(digits - 1 - math.floor(math.log10(abs(value))), 0)}f}"
 
 
 def scaled(value: float, step: float, units: tuple[str, ...], gap: str = " ") -> str:
@@ -130,8 +140,10 @@ def estimate_text(estimate: Estimate) -> str:
     text = f"{estimate.mean:,.{decimals}f}"
     if estimate.half_width is None or not finite(estimate.half_width):
         return text
-    smallest = 10.0**-decimals
-    return f"{text} ± {'<' if 0 < estimate.half_width < smallest / 2 else ''}{max(estimate.half_width, smallest * (estimate.half_width > 0)):.{decimals}f}"
+    smallest, half = 10.0**-decimals, estimate.half_width
+    if half == 0:
+        return f"{text} ± 0"
+    return f"{text} ± " + (f"<{smallest:.{decimals}f}" if half < smallest / 2 else f"{half:.{decimals}f}")
 
 
 def labels(summary: Summary) -> dict[str, str]:
@@ -139,7 +151,7 @@ def labels(summary: Summary) -> dict[str, str]:
     result: dict[str, str] = {}
     for candidate in summary.candidates:
         parts = candidate.name.split(":")
-        if len(parts) > 1 and "." in parts[0] or len(parts) > 2:
+        if (len(parts) > 1 and "." in parts[0]) or len(parts) > 2:
             parts = parts[1:]
         text = ":".join(parts)
         text = text if len(text) <= 26 else text[:25] + "…"
@@ -163,9 +175,14 @@ def ranking(summary: Summary, length: int) -> list[tuple[CandidateSummary, Estim
 
 def overlap(a: Estimate, b: Estimate) -> bool:
     """Whether the 95 % intervals meet; an estimate without one (a single seed) is not known to differ from anything."""
-    if a.half_width is None or b.half_width is None:
+    if not finite(a.half_width) or not finite(b.half_width):
         return True
-    return abs(a.mean - b.mean) <= a.half_width + b.half_width
+    return abs(a.mean - b.mean) <= half_width(a) + half_width(b)
+
+
+def half_width(estimate: Estimate) -> float:
+    """Half the interval's width, 0 where there is none."""
+    return estimate.half_width if estimate.half_width is not None and math.isfinite(estimate.half_width) else 0.0
 
 
 def longest_scored(summary: Summary) -> int | None:
@@ -180,68 +197,56 @@ def _listed(names: list[str]) -> str:
 
 
 def conclusion(summary: Summary, length: int | None = None) -> str:
-    """One line: who is best at this length (by default the longest), whether that is more than noise, and at what cost. Names stand in backticks."""
+    """One line: who is best at this length (by default the longest), whether beyond the noise, and at what cost. Names are in backticks."""
     length = longest_scored(summary) if length is None else length
     task, short = summary.task, labels(summary)
+    metric = task.metric
     ranked = ranking(summary, length) if length is not None else []
     if length is None or not ranked:
-        return f"No candidate finished training on {task.title}: there is nothing to compare."
+        return f"No candidate finished training on {task.name}: there is nothing to compare."
     (best, score), others = ranked[0], ranked[1:]
-    name, place = short[best.name], f"on {task.title} at {task.length_name} {length:,}"
-    seeds = min(len(estimate.values) for _, estimate in ranked)
-    noise = f"the noise of {seeds} seeds" if seeds > 1 else "what one seed can show"
+    name, place = short[best.name], f"on {task.name} at {task.length_name} {length:,}"
+    noise = f"the noise of {len(score.values)} seeds" if score.half_width is not None else "what one seed can show"
+    tied = [c for c, estimate in others if overlap(score, estimate)]
     sign = 1 if task.higher_is_better else -1
-    fastest = min((c for c, _ in ranked if cost_at(c, length)), key=lambda c: cost_at(c, length).latency_ms, default=None)  # pyright: ignore[reportOptionalMemberAccess]
-
-    if task.chance is not None and sign * (score.mean - task.chance) <= (score.half_width or 0):
-        text = f"No candidate is better than chance ({significant(task.chance)}) {place} beyond {noise}; the best {task.metric} is {estimate_text(score)} (`{name}`)."
+    if task.chance is not None and all(sign * (estimate.mean - task.chance) <= half_width(estimate) for _, estimate in ranked):
+        at_best = f"{metric} {estimate_text(score)} (`{name}`)"
+        text = f"No candidate is better than chance ({task.chance:.3g}) {place} beyond {noise}: at best {at_best}."
     elif not others:
-        text = f"`{name}` reaches {task.metric} {estimate_text(score)} {place}{_cost_clause(best, length)}."
+        text = f"`{name}` reaches {metric} {estimate_text(score)} {place}{_price(best, [best], length, short)}."
+    elif score.half_width is None or all(estimate.half_width is None for _, estimate in others):
+        text = f"`{name}` has the best {metric} {place} ({estimate_text(score)}), but one seed cannot tell a difference from noise."
+    elif not tied:
+        next_best, next_score = others[0]
+        text = (
+            f"`{name}` is best {place}: {metric} {estimate_text(score)}, beyond the 95 % intervals over {len(score.values)} seeds; next is "
+            f"`{short[next_best.name]}` with {estimate_text(next_score)}{_price(best, [c for c, _ in ranked], length, short)}."
+        )
+    elif len(tied) == len(others):
+        price = _price(best, [best, *tied], length, short)
+        text = f"No difference in {metric} beyond {noise} {place}: best mean {estimate_text(score)} (`{name}`){price}."
     else:
-        tied = [c for c, estimate in others if overlap(score, estimate)]
-        if seeds == 1:
-            text = f"`{name}` has the best {task.metric} {place} ({estimate_text(score)}), but one seed cannot tell a difference from noise."
-        elif not tied:
-            second, second_score = others[0]
-            text = (
-                f"`{name}` is best {place}: {task.metric} {estimate_text(score)}, more than the 95 % intervals over {seeds} seeds apart from the next, "
-                f"`{short[second.name]}` ({estimate_text(second_score)}){_cost_clause(best, length, fastest, short)}."
-            )
-        elif len(tied) == len(others):
-            text = f"No difference in {task.metric} beyond {noise} {place}: {_listed([short[c.name] for c, _ in ranked])} overlap (best mean {estimate_text(score)}, `{name}`)."
-        else:
-            text = (
-                f"`{name}` has the best {task.metric} {place} ({estimate_text(score)}), "
-                f"no different beyond {noise} from {_listed([short[c.name] for c in tied])}."
-            )
-        group = [c for c in (best, *tied) if cost_at(c, length)]
-        if tied and len(group) > 1:
-            text += _fastest_clause(group, best, length, short)
-    unfinished = [short[c.name] for c in summary.candidates if length in summary.lengths and c not in [r for r, _ in ranked]]
+        text = (
+            f"`{name}` has the best {metric} {place} ({estimate_text(score)}), no different beyond {noise} from "
+            f"{_listed([short[c.name] for c in tied])}{_price(best, [best, *tied], length, short)}."
+        )
+    done = [candidate for candidate, _ in ranked]
+    unfinished = [short[c.name] for c in summary.candidates if length in summary.lengths and c not in done]
     return text + (f" {_listed(unfinished)} did not finish." if unfinished else "")
 
 
-def _cost_clause(best: CandidateSummary, length: int, fastest: CandidateSummary | None = None, short: Mapping[str, str] | None = None) -> str:
-    cost = cost_at(best, length)
-    if cost is None:
+def _price(best: CandidateSummary, group: list[CandidateSummary], length: int, short: Mapping[str, str]) -> str:
+    """What the best costs, and which of the group is fastest."""
+    costs = {c.name: cost.latency_ms for c in group if (cost := cost_at(c, length))}
+    if best.name not in costs:
         return ""
-    text = f", at {time_text(cost.latency_ms)} a batch"
-    if fastest is None or short is None:
-        return text
-    if fastest is best:
-        return f"{text}, the fastest too"
-    other = cost_at(fastest, length)
-    return text if other is None else f"{text}, {significant(cost.latency_ms / other.latency_ms, 2)}× the time of the fastest, `{short[fastest.name]}`"
-
-
-def _fastest_clause(group: list[CandidateSummary], best: CandidateSummary, length: int, short: Mapping[str, str]) -> str:
-    costs = {c.name: cost for c in group if (cost := cost_at(c, length))}
-    quick = min(costs, key=lambda name: costs[name].latency_ms)
-    text = f" The fastest of these is `{short[quick]}`: {time_text(costs[quick].latency_ms)} a batch"
-    if quick == best.name or best.name not in costs:
-        return text + "."
-    ratio = costs[best.name].latency_ms / costs[quick].latency_ms
-    return f"{text}, against {time_text(costs[best.name].latency_ms)} for `{short[best.name]}` ({significant(ratio, 2)}×)."
+    mine, quick = costs[best.name], min(costs, key=lambda name: costs[name])
+    if len(costs) == 1:
+        return f"; {time_text(mine)} a batch"
+    if quick == best.name:
+        return f"; `{short[quick]}` is also the fastest of them, {time_text(mine)} a batch"
+    ratio = significant(mine / costs[quick], 2)
+    return f"; `{short[quick]}` is the fastest of them, {time_text(costs[quick])} a batch against {time_text(mine)} ({ratio}×)"
 
 
 def definitions(summary: Summary) -> dict[str, tuple[str, str]]:
@@ -269,10 +274,11 @@ def cells(summary: Summary, candidate: CandidateSummary, length: int) -> dict[st
     if speed and finite(speed.mean):
         result["speed"] = Cell(count_text(float(f"{speed.mean:.3g}")), speed.mean)
     if cost:
-        low, high = time_text(cost.latency_q25), time_text(cost.latency_q75)
-        if low.split(" ")[-1] == high.split(" ")[-1]:
-            low = low.split(" ")[0]
-        result["latency"] = Cell(time_text(cost.latency_ms), cost.latency_ms, f"{low}–{high}", f"batch of {cost.batch}")
+        quartiles = ""
+        if finite(cost.latency_q25) and finite(cost.latency_q75):
+            (low, unit), (high, high_unit) = time_text(cost.latency_q25).split(" "), time_text(cost.latency_q75).split(" ")
+            quartiles = f"{low}–{high} {unit}" if unit == high_unit else f"{low} {unit}–{high} {high_unit}"
+        result["latency"] = Cell(time_text(cost.latency_ms), cost.latency_ms, quartiles, f"batch of {cost.batch}")
         if finite(cost.flops):
             result["flops"] = Cell(count_text(cost.flops), cost.flops, tip=f"{cost.flops:,.0f}, batch of {cost.batch}")
         if finite(cost.peak_bytes):
@@ -294,7 +300,9 @@ def cells(summary: Summary, candidate: CandidateSummary, length: int) -> dict[st
 
 def checked_badge(candidate: CandidateSummary) -> tuple[str, str]:
     """Label and full text of what the candidate was checked against."""
-    return CHECKED.get(candidate.checked_against, (candidate.checked_against, "As its card says.") if candidate.checked_against else UNCHECKED)
+    return CHECKED.get(
+        candidate.checked_against, (candidate.checked_against, "As its card says.") if candidate.checked_against else UNCHECKED
+    )
 
 
 def cannot_badges(candidate: CandidateSummary) -> list[tuple[str, str]]:
@@ -302,7 +310,7 @@ def cannot_badges(candidate: CandidateSummary) -> list[tuple[str, str]]:
     badges = []
     for text in candidate.cannot:
         if text in CAPABILITIES:
-            badges.append((text.replace("_", " "), f"It lacks: {CAPABILITIES[text]}"))
+            badges.append((text.replace("_", " "), f"no “{text}”: {CAPABILITIES[text]}"))
         else:
             head = text.split(":")[0].strip()
             badges.append((head if len(head) <= 22 else head[:21] + "…", text))
@@ -310,33 +318,43 @@ def cannot_badges(candidate: CandidateSummary) -> list[tuple[str, str]]:
 
 
 def table(summary: Summary, width: int | None = None) -> Table:
-    """The results for the terminal: a row for each candidate and length, the best first. Below 120 columns the `wide` columns are left out."""
+    """The results for a terminal of `width` columns: a block for each length, best first; green: the best and what overlaps with it."""
     width = shutil.get_terminal_size((100, 24)).columns if width is None else width
-    headings, short = definitions(summary), labels(summary)
+    headings, short, task = definitions(summary), labels(summary), summary.task
     lengths = [length for length in summary.lengths if ranking(summary, length)] or list(summary.lengths[-1:])
-    shown = [column for column in COLUMNS if width >= 120 or not column.wide]
-    title = f"{summary.task.title}, {summary.task.length_name} {', '.join(f'{length:,}' for length in lengths)}"
-    result = Table(title=Text(title), caption=Text(conclusion(summary)), title_justify="left", caption_justify="left", expand=False)
-    result.add_column("candidate", max_width=28 if width >= 120 else 22, overflow="fold")
-    if len(lengths) > 1:
-        result.add_column(Text(summary.task.length_name), justify="right", no_wrap=True)
-    for column in shown:
-        heading = f"{column.heading} ^" if column.group else headings[column.key][0]
-        result.add_column(Text(heading), justify="right", no_wrap=column.key != "score" or len(headings["score"][0]) < 16)
-    if width >= 120:
-        result.add_column("cannot", max_width=24)
+    blocks = []
     for length in lengths:
         ranked = [candidate for candidate, _ in ranking(summary, length)]
-        best = ranking(summary, length)[0][1] if ranked else None
-        for candidate in ranked + [c for c in summary.candidates if c not in ranked]:
-            row = cells(summary, candidate, length)
+        blocks.append([(c, cells(summary, c, length), c in ranked) for c in ranked + [c for c in summary.candidates if c not in ranked]])
+    heads = {column.key: f"{column.heading} ^{task.length_name[:1]}" if column.group else headings[column.key][0] for column in COLUMNS}
+    widths = {key: max([cell_len(heads[key]), *(cell_len(row[key].text) for block in blocks for _, row, _ in block)]) for key in heads}
+    shown, gap, least = list(COLUMNS), 3, 16
+    while len(shown) > 1 and least + sum(widths[column.key] + gap for column in shown) > width:
+        shown.remove(max(shown, key=lambda column: column.rank))
+    room = max(least, width - sum(widths[column.key] + gap for column in shown))
+
+    seeds = "1 seed" if len(summary.seeds) == 1 else f"{len(summary.seeds)} seeds"
+    at = f" at {task.length_name} {lengths[0]:,}" if len(lengths) == 1 else ""
+    result = Table(
+        title=Text(f"{task.title}{at}: {task.metric}, {'higher' if task.higher_is_better else 'lower'} is better, {seeds}", style="bold"),
+        caption=Text(conclusion(summary)),
+        title_justify="left",
+        caption_justify="left",
+        box=box.SIMPLE_HEAD,
+        show_edge=False,
+        pad_edge=False,
+    )
+    result.add_column("candidate", max_width=room, no_wrap=True, overflow="ellipsis")
+    for column in shown:
+        result.add_column(Text(heads[column.key]), justify="right", no_wrap=True)
+    for length, block in zip(lengths, blocks, strict=True):
+        if len(lengths) > 1:
+            result.add_row(Text(f"{task.length_name} {length:,}", style="dim"))
+        first = block[0][0].score.get(length) if block else None
+        for candidate, row, scored in block:
             values = [Text(row[column.key].text) for column in shown]
-            score = candidate.score.get(length)
-            if best and score and finite(score.mean) and overlap(best, score):
-                values[0].stylize("bold green" if candidate is ranked[0] else "green")
-            texts = [Text(short[candidate.name])] + ([Text(f"{length:,}")] if len(lengths) > 1 else []) + values
-            if width >= 120:
-                texts.append(Text(", ".join(label for label, _ in cannot_badges(candidate))))
-            result.add_row(*texts)
+            if first and scored and overlap(first, candidate.score[length]):
+                values[0].stylize("bold green" if candidate is block[0][0] else "green")
+            result.add_row(Text(short[candidate.name]), *values)
         result.add_section()
     return result

@@ -57,6 +57,7 @@ class MultiHeadAttention(Mechanism):
         can=frozenset({"causal", "cross", "key_mask", "attn_mask", "weights", "row_stochastic", "qkv_core", "permutation_equivariant"}),
         checked_against="public",
         example={"dim": 32, "num_heads": 4},
+        unless={"permutation_equivariant": "rope or alibi or rel_pos_bias"},
         variants=({"dim": 24, "num_heads": 4, "num_kv_heads": 2, "rope": True, "causal": True}, {"dim": 24, "num_heads": 3, "rel_pos_bias": "t5"}),
     )
     official: ClassVar = (
@@ -125,6 +126,7 @@ class MultiHeadAttention(Mechanism):
         init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **dd) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **dd) if qk_norm else nn.Identity()
+        self.max_len, self.num_buckets, self.max_distance = max_len, num_buckets, max_distance
         table = {"max_len": max_len, "num_buckets": num_buckets, "max_distance": max_distance}
         self.rel_pos_bias = RelativeBias(rel_pos_bias, num_heads, bidirectional=not causal, **table, **dd) if rel_pos_bias else None
 

@@ -1,0 +1,195 @@
+r"""Non-local block: every position of a map gathers from all positions, weighted by a function of the pair.
+
+    y_i = sum_j f(x_i, x_j) g(x_j) / Z,   out = x + Wo y,   theta, phi, g linear in x
+    embedded_gaussian: f/Z = softmax_j(s theta_i . phi_j)     gaussian: f/Z = softmax_j(x_i . x_j)
+    dot_product: f/Z = theta_i . phi_j / M                    concatenation: f/Z = relu(w . [theta_i ; phi_j]) / M
+
+Wang, Girshick, Gupta, He, "Non-local Neural Networks", CVPR 2018. arXiv:1711.07971. The scale s = d^-1/2 is in the authors' code,
+not in the paper. B batch, C channels, N positions, M keys (fewer than N if pooled), d hidden_channels.
+"""
+
+from typing import Any, ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Float
+from torch import Tensor, nn
+
+from ...card import Card, Paper
+from ...errors import require
+from ...mechanism import Mechanism
+from ...official import KeyMap, Rule, pointwise, rename
+from ...ops.pairwise_affinity import affinity_weights, pairwise_attention, pairwise_dot, pairwise_relu
+from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
+from ...parts.spatial import flatten_space, project_rows, project_to_map, unflatten_space
+from ...validate import check_map, check_option
+
+MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
+SOFTMAX = MODES[:2]
+_KEYS = "(N // (H*W) * (H//2) * (W//2) if sub_sample else N)"
+
+
+class NonLocal(Mechanism):
+    """Args:
+    channels: of the input and the output.
+    dims: number of spatial axes, 1 to 3.
+    reduction, hidden_channels: the inner width is hidden_channels, or channels // reduction but at least 1 if that is None.
+    mode: the pairwise function.
+    use_scale: factor d ** -0.5 on the scores of mode "embedded_gaussian"; no other mode is scaled.
+    sub_sample: max pooling by 2 of keys and values, after their projections (of three axes only the last two).
+    pool_first: that pooling on x before the projections (the authors' Caffe2 code).
+    norm: "batch", None, or a callable channels -> module, on the output of the last projection.
+    zero_init: start as the identity.
+    """
+
+    card: ClassVar = Card(
+        id="non_local",
+        layout="map",
+        paper=Paper(
+            title="Non-local Neural Networks",
+            authors="Xiaolong Wang, Ross Girshick, Abhinav Gupta, Kaiming He",
+            venue="CVPR",
+            year=2018,
+            arxiv="1711.07971",
+        ),
+        source="open-mmlab/mmcv@a8073c7, AlexHex7/Non-local_pytorch@ec15789, facebookresearch/video-nonlocal-net@c253ed5 (Apache-2.0)",
+        summary="Every position gathers from all positions in one layer, weighted by a chosen function of the pair.",
+        when="One or two blocks in the middle of a network that needs far context; dot_product and concatenation stay cheap on large maps.",
+        flops=f"2*B*N*channels*((0 if mode == 'gaussian' else 1 if mode == 'concatenation' else hidden_channels) + hidden_channels)"
+        f" + 2*B*({_KEYS} if pool_first else N)*channels*(hidden_channels + key_width)"
+        f" + (4*B*N*{_KEYS}*(max(channels, hidden_channels) if mode == 'gaussian' else hidden_channels) if mode in {SOFTMAX} else 0)"
+        f" + (2*B*(N + {_KEYS})*hidden_channels**2 if mode == 'dot_product' else 0)"
+        " + (2*hidden_channels*channels*(2 if key_width == 1 else 1) if mode == 'concatenation' else 0)"
+        f" + (2*hidden_channels*B*{_KEYS} if mode == 'concatenation' and key_width != 1 else 0)",
+        grows={"N": 2.0},
+        can=frozenset({"weights", "any_dims", "identity_start", "permutation_equivariant", "row_stochastic"}),
+        unless={
+            "permutation_equivariant": "sub_sample",
+            "row_stochastic": f"mode not in {SOFTMAX}",
+            "identity_start": "not zero_init",
+        },
+        example={"channels": 16},
+        variants=(
+            {"channels": 12, "mode": "gaussian", "hidden_channels": 5, "norm": "batch"},
+            {"channels": 16, "sub_sample": True, "use_scale": False, "norm": "batch"},
+            {"channels": 8, "dims": 1, "reduction": 3, "zero_init": False},
+        ),
+        place="C",
+    )
+
+    def __init__(
+        self,
+        channels: int,
+        *,
+        dims: int = 2,
+        reduction: int = 2,
+        hidden_channels: int | None = None,
+        mode: Literal["embedded_gaussian", "gaussian", "dot_product", "concatenation"] = "embedded_gaussian",
+        use_scale: bool = True,
+        sub_sample: bool = False,
+        pool_first: bool = False,
+        norm: Norm = None,
+        zero_init: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        check_option(dims, (1, 2, 3), "dims")
+        check_option(mode, MODES, "mode")
+        require(channels > 0 and reduction > 0, "channels={} and reduction={} must be at least 1", channels, reduction)
+        d = max(channels // reduction, 1) if hidden_channels is None else hidden_channels
+        require(d > 0, "hidden_channels={} must be at least 1", d)
+        self.channels, self.dims, self.reduction, self.hidden_channels, self.mode = channels, dims, reduction, d, mode
+        self.use_scale, self.sub_sample, self.pool_first, self.zero_init = use_scale, sub_sample, pool_first, zero_init
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        embeds, adds = mode != "gaussian", mode == "concatenation"
+        self.g = nn.Linear(channels, d, **dd)
+        self.theta, self.phi = (nn.Linear(channels, d, **dd) if embeds else None for _ in range(2))
+        self.concat_project = nn.Linear(2 * d, 1, bias=False, **dd) if adds else None
+        self.out = nn.Linear(d, channels, **dd)  # under a norm its bias is zero unless a checkpoint of the plain naming brings one
+        self.norm = make_norm(norm, channels, dims, **dd)
+        for linear in (self.g, self.theta, self.phi, self.out):
+            if linear is not None:
+                nn.init.normal_(linear.weight, std=0.01)
+                nn.init.zeros_(linear.bias)
+        if zero_init:
+            zero_init_(self.out if norm is None else self.norm)
+        # Unless the pooling sits between phi and w, the number w . phi is all that "concatenation" needs of a key.
+        self.key_width = 0 if not embeds else 1 if adds and not (sub_sample and not pool_first) else d
+
+    def key_maps(self) -> tuple[KeyMap, ...]:
+        names = ("g.0", "g") if self.sub_sample else ("g", "g.0")
+        pairs = [(name, "g") for name in names] + [("theta", "theta")] + [(name.replace("g", "phi"), "phi") for name in names]
+        mmcv = [pointwise(f"{theirs}.conv.*", f"{ours}.*") for theirs, ours in pairs]
+        if not isinstance(self.norm, nn.Identity):
+            mmcv += [Rule(("conv_out.conv.weight",), ("out.weight", "out.bias"), _add_bias, _drop_bias)]
+        mmcv += [pointwise("conv_out.conv.*", "out.*"), rename("conv_out.bn.*", "norm.*")]
+        plain = [pointwise(f"{theirs}.*", f"{ours}.*") for theirs, ours in pairs] + [rename("W.1.*", "norm.*")]
+        plain += [pointwise("W.*" if isinstance(self.norm, nn.Identity) else "W.0.*", "out.*")]
+        return tuple(
+            KeyMap(name, (*rules, pointwise(f"concat_project.{key}.*", "concat_project.*", 2)))
+            for name, rules, key in (("mmcv", mmcv, "conv"), ("AlexHex7", plain, "0"))
+        )
+
+    def forward(
+        self, x: Float[Tensor, "b channels *space"], return_weights: bool = False
+    ) -> Float[Tensor, "b channels *space"] | tuple[Tensor, Tensor]:
+        """Returns the map, or that and the weights (B, N, M) of queries and keys in row-major order."""
+        check_map(x, self.channels, self.dims)
+        halved = x.shape[-2:] if self.dims > 1 else x.shape[-1:]
+        require(not self.sub_sample or min(halved) > 1, "sub_sample=True needs a size of 2 on the axes it halves, got {}", tuple(halved))
+        check_batch_statistics(self.norm, x.numel() // self.channels, "a batch of one 1-position map")
+        q, k, v = self._embed(x)
+        scale = self.hidden_channels**-0.5 if self.use_scale and self.mode == "embedded_gaussian" else 1.0
+        match self.mode:
+            case "dot_product":
+                y, kind = pairwise_dot(q, k, v), "dot"
+            case "concatenation":
+                y, kind = pairwise_relu(q, k, v), "relu"
+            case _:
+                y, kind = pairwise_attention(q, k, v, scale=scale), "softmax"
+        out = x + self.norm(project_to_map(y, self.out, x.shape[2:]))
+        return (out, affinity_weights(q, k, kind, scale=scale)) if return_weights else out
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """theta (B, N, d), phi (B, M, d), g (B, M, d); "concatenation": w . theta (B, N), w . phi (B, M), g."""
+        rows, d, later = flatten_space(x), self.hidden_channels, self.sub_sample and not self.pool_first
+        if self.theta is None or self.phi is None:
+            rows = rows.contiguous()
+            key = flatten_space(self._pool(x)).contiguous() if self.sub_sample else rows
+            v = project_rows(rows if later else key, self.g.weight, self.g.bias)
+            return rows, key, self._pool_rows(v, x) if later else v
+        query, key, w = (self.theta.weight, self.theta.bias), (self.phi.weight, self.phi.bias), None
+        if self.concat_project is not None:
+            w = self.concat_project.weight.unflatten(1, (2, d))
+            query = (w[:, 0] @ query[0], (w[:, 0] * query[1]).sum(1))
+            key = key if later else (w[:, 1] @ key[0], (w[:, 1] * key[1]).sum(1))
+        weight, bias = (torch.cat(parts) for parts in zip(query, key, (self.g.weight, self.g.bias), strict=True))
+        a = query[0].shape[0]
+        if self.sub_sample and self.pool_first:
+            q, kv = project_rows(rows, weight[:a], bias[:a]), project_rows(flatten_space(self._pool(x)), weight[a:], bias[a:])
+        else:
+            q, kv = project_rows(rows, weight, bias).tensor_split((a,), 2)
+            kv = self._pool_rows(kv, x) if later else kv
+        k, v = kv[..., :-d], kv[..., -d:]
+        return (q, k, v) if w is None else (q[..., 0], k @ w[0, 1] if later else k[..., 0], v)
+
+    def _pool(self, x: Tensor) -> Tensor:
+        if self.dims == 1:
+            return F.max_pool1d(x, 2)
+        return F.max_pool2d(x, 2) if self.dims == 2 else F.max_pool3d(x, (1, 2, 2))
+
+    def _pool_rows(self, rows: Tensor, x: Tensor) -> Tensor:
+        return flatten_space(self._pool(unflatten_space(rows, x.shape[2:])))
+
+
+def _add_bias(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
+    (weight,) = tensors
+    return [weight.flatten(1), weight.new_zeros(weight.shape[0])]
+
+
+def _drop_bias(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
+    """mmcv's last layer has no bias under a norm: a module whose bias is in use cannot be written so."""
+    if bool(module.state_dict()["out.bias"].any()):
+        raise RuntimeError("out.bias is not zero")
+    return [tensors[0].reshape(*tensors[0].shape, *[1] * getattr(module, "dims", 2))]

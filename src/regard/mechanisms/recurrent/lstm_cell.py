@@ -1,0 +1,144 @@
+r"""Long short-term memory: a cell that keeps, forgets and shows by gates.
+
+    a = x W_ih^T + b_ih + h W_hh^T + b_hh;   i, f, o = sigmoid(a_i, a_f, a_o),   g = tanh(a_g)
+    c' = f c + i g,   h' = o tanh(c')
+
+Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 1997; the forget gate is of Gers, Schmidhuber, Cummins 2000, peepholes of
+Gers, Schraudolph, Schmidhuber 2002, layer norm of Ba, Kiros, Hinton 2016 (arXiv:1607.06450), i = 1 - f of Greff et al. 2017. Numbers and names
+are those of torch.nn.LSTMCell. B batch, T steps, I input_size, H hidden_size. A projection of h (proj_size) is not offered.
+"""
+
+from typing import ClassVar
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ...card import Card, Paper
+from ...errors import require, require_type
+from ...mechanism import Mechanism
+from ...official import KeyMap, Rule, rename
+from ...ops.recurrent_scan import LSTM, run, step
+from ...validate import check_floating, check_mask, check_tokens
+
+State = tuple[Tensor, Tensor]
+
+
+class LSTMCell(Mechanism):
+    """Args:
+    input_size: width of the inputs.
+    hidden_size: width of the state.
+    bias: give the gates biases (two, as torch).
+    layer_norm: normalise what input and state give to the gates, and the cell where it leaves.
+    peephole: the gates see the cell: i and f the old one, o the new one.
+    coupled: i = 1 - f, so there are three gates.
+    forget_bias: what the forget gate's biases start at together; 1 keeps early gradients alive. None: torch's start, about 0.
+    """
+
+    card: ClassVar = Card(
+        id="lstm_cell",
+        layout="recurrent",
+        paper=Paper(title="Long Short-Term Memory", authors="Sepp Hochreiter, Jürgen Schmidhuber", venue="Neural Computation", year=1997),
+        source="torch.nn.LSTMCell 2.13 (BSD-3); options from the equations of their papers",
+        summary="Gates decide what a memory cell keeps, takes in and shows; whole sequences or single steps, gates on request.",
+        when="Streams and short sequences, constant memory per step, or to watch gates open and close.",
+        flops="2*B*N*(input_size + hidden_size)*(3 if coupled else 4)*hidden_size",
+        grows={"N": 1.0},
+        can=frozenset({"mask", "step", "causal", "linear"}),
+        checked_against="public",
+        example={"input_size": 8, "hidden_size": 10},
+        variants=(
+            {"input_size": 7, "hidden_size": 9, "layer_norm": True, "peephole": True},
+            {"input_size": 8, "hidden_size": 10, "coupled": True, "peephole": True, "forget_bias": 1.0},
+            {"input_size": 8, "hidden_size": 6, "coupled": True, "layer_norm": True, "bias": False},
+        ),
+        returns=("out", "h", "c", "gates"),
+    )
+    official: ClassVar = (
+        KeyMap("torch.nn.LSTMCell"),
+        KeyMap("torch.nn.LSTM", tuple(rename(f"{name}_l0", name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))),
+        KeyMap(
+            "Keras LSTM",
+            (
+                Rule(("kernel",), ("weight_ih",), lambda t, _: [t[0].mT], lambda t, _: [t[0].mT]),
+                Rule(("recurrent_kernel",), ("weight_hh",), lambda t, _: [t[0].mT], lambda t, _: [t[0].mT]),
+                Rule(("bias",), ("bias_ih", "bias_hh"), lambda t, _: [t[0], torch.zeros_like(t[0])], lambda t, _: [t[0] + t[1]]),
+            ),
+        ),
+    )
+
+    def __init__(
+        self,
+        input_size: int,
+        hidden_size: int,
+        bias: bool = True,
+        layer_norm: bool = False,
+        peephole: bool = False,
+        coupled: bool = False,
+        forget_bias: float | None = None,
+        *,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        require(input_size > 0, "input_size={} must be at least 1", input_size)
+        require(hidden_size > 0, "hidden_size={} must be at least 1", hidden_size)
+        require(forget_bias is None or bias, "forget_bias={} needs bias=True", forget_bias)
+        self.input_size, self.hidden_size, self.bias, self.layer_norm = input_size, hidden_size, bias, layer_norm
+        self.peephole, self.coupled, self.forget_bias = peephole, coupled, forget_bias
+        self.cell = LSTM(peephole, layer_norm, coupled)
+        rows, dd = (3 if coupled else 4) * hidden_size, {"device": device, "dtype": dtype}
+        shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden_size), "bias_ih": (rows,), "bias_hh": (rows,)}
+        for name, shape in shapes.items():
+            if bias or len(shape) > 1:
+                self.register_parameter(name, nn.Parameter(nn.init.uniform_(torch.empty(shape, **dd), -(hidden_size**-0.5), hidden_size**-0.5)))
+        for name in ("f", "o") if coupled else ("i", "f", "o"):
+            if peephole:
+                self.register_parameter(f"peephole_{name}", nn.Parameter(torch.zeros(hidden_size, **dd)))
+        if layer_norm:
+            self.ln_ih, self.ln_hh, self.ln_c = (nn.LayerNorm(width, **dd) for width in (rows, rows, hidden_size))
+        if forget_bias is not None:
+            forget = slice(0, hidden_size) if coupled else slice(hidden_size, 2 * hidden_size)
+            with torch.no_grad():
+                self.bias_ih[forget] = forget_bias - self.bias_hh[forget]
+
+    def init_state(self, batch_size: int) -> State:
+        """Zeros, each (B, H)."""
+        like = self.weight_hh
+        return like.new_zeros(batch_size, self.hidden_size), like.new_zeros(batch_size, self.hidden_size)
+
+    def forward(
+        self, x: Float[Tensor, "b t input_size"], state: State | None = None, *, mask: Bool[Tensor, "b t"] | None = None, return_gates: bool = False
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, dict[str, Tensor]]:
+        """Run over a sequence from `state` (zeros if None). A False `mask` copies the state over that step.
+
+        Returns h after every step (B, T, H) and the last (h, c), or those and the gates {"i", "f", "g", "o", "c"}, each (B, T, H).
+        """
+        check_floating(x)
+        require(x.ndim == 3, "x must be (batch, time, {}), got {} axes: {}; a single time step is step(x, state)", self.input_size, x.ndim, tuple(x.shape))
+        check_tokens(x, self.input_size, option="input_size")
+        check_mask(mask, *x.shape[:2], name="mask")
+        start = self._state(state, x)
+        out, (h, c), gates = run(self.cell, x, start, dict(self.named_parameters()), mask=mask, gates=return_gates)
+        return (out, (h, c), gates) if return_gates else (out, (h, c))
+
+    def step(
+        self, x: Float[Tensor, "b input_size"], state: State | None = None, *, return_gates: bool = False
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, dict[str, Tensor]]:
+        """One time step: h and the state (h, c), or those and the gates, each (B, H)."""
+        check_floating(x)
+        require(x.ndim == 2, "x must be (batch, {}), got {} axes: {}; a sequence is forward(x, state)", self.input_size, x.ndim, tuple(x.shape))
+        require(x.shape[1] == self.input_size, "x has width {} but this module was made with input_size={}", x.shape[1], self.input_size)
+        (h, c), gates = step(self.cell, x, self._state(state, x), dict(self.named_parameters()))
+        return (h, (h, c), gates) if return_gates else (h, (h, c))
+
+    def _state(self, state: State | None, x: Tensor) -> State:
+        if state is None:
+            return x.new_zeros(x.shape[0], self.hidden_size), x.new_zeros(x.shape[0], self.hidden_size)
+        require_type(isinstance(state, tuple | list), "state must be the pair (h, c), got {}", type(state).__name__)
+        require(len(state) == 2, "state must be the pair (h, c), got {} tensors", len(state))
+        for name, s in zip("hc", state, strict=True):
+            check_floating(s, f"state's {name}")
+            want = (x.shape[0], self.hidden_size)
+            require(tuple(s.shape) == want, "state's {} must be (batch, hidden_size) = {}, got {}", name, want, tuple(s.shape))
+        return state[0], state[1]

@@ -1,0 +1,136 @@
+r"""Sparse Transformer attention: each query sees a near set and a far set of keys, chosen so that two hops join any pair.
+
+    strided   A0 = {i - j < l}                   A1 = {(i - j) mod l = 0}
+    fixed     A0 = {floor(i / l) = floor(j / l)}   A1 = {j mod l among the last c columns}, one stripe of c columns for each head
+    out = softmax(q k^T / sqrt(d)) v over A0 and A1 together, or over one of them in turn by head or layer; j <= i where causal
+
+Child, Gray, Radford, Sutskever, "Generating Long Sequences with Sparse Transformers", 2019. arXiv:1904.10509.
+B batch, N positions, D dim, H heads, d head width, l stride, c summary. The paper's near set has l + 1 keys, the code's l: ours too. A query whose
+set is empty (fixed A1 before the first summary) gets zeros; the code's dense form spreads it over all keys, future ones included. Not in the paper:
+A0 of strided without order is |i - j| < l; any N.
+"""
+
+from typing import ClassVar, Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ...card import Card, Paper
+from ...errors import require
+from ...mechanism import Mechanism
+from ...ops.softmax_attention.patterns import SparsePattern, sparse_attend, sparse_pattern, sparse_weights
+from ...parts.heads import head_width, init_projections_, merge_heads, split_heads
+from ...validate import check_bool, check_broadcastable, check_divisible, check_mask, check_tokens
+
+# Keys a query meets, as the block form multiplies them: windows of 32 queries over the band, summaries of earlier blocks in 16 groups of blocks.
+_L = "(max(ceil(sqrt(N)), summary*num_stripes if pattern == 'fixed' else 1) if stride is None else stride)"
+_NEAR = f"({_L} if pattern == 'fixed' else 32 + (1 if causal else 2)*32*ceil(({_L} - 1)/32))"
+_EARLIER = f"(ceil(N/{_L}) - 1 + ceil((ceil(N/{_L}) - 1)/16))/2"
+_FAR = f"(ceil(N/{_L}) if pattern == 'strided' else summary*({_EARLIER} + (head_mode != 'merged') if causal else ceil(N/{_L})))"
+_NEAR_HEADS = "(num_heads if pattern == 'local' or head_mode == 'merged' else (num_heads + 1)//2 if head_mode == 'split' else num_heads*(1 - layer_index%2))"
+_FAR_HEADS = "(0 if pattern == 'local' else num_heads if head_mode == 'merged' else num_heads//2 if head_mode == 'split' else num_heads*(layer_index%2))"
+
+
+class SparseAttention(Mechanism):
+    """Args:
+    dim: width of the input and the output.
+    num_heads, head_dim: number of heads and width of each; head_dim=None means dim // num_heads.
+    pattern: "strided" for data with a period (rows of an image), "fixed" for text, "local" for the near set alone, "all" for every pair.
+    stride: l; None means ceil(sqrt(N)) at each call, so the pattern, and with it the output, then depends on the length and on padding.
+    summary: c, columns of each block that later blocks see ("fixed").
+    num_stripes: heads look at so many different stripes of summary columns in turn ("fixed").
+    head_mode: "merged": every head uses both sets; "split": even heads the near one, odd heads the far one; "interleaved": all that of the layer.
+    layer_index: even layers use the near set, odd ones the far set ("interleaved").
+    causal: key j is seen by query i only if j <= i.
+    qkv_bias, out_bias: biases of the projections.
+    dropout: probability of dropping a weight in training; above 0 training builds the N x N mask, as `attn_mask` does.
+    """
+
+    card: ClassVar = Card(
+        id="sparse",
+        layout="sequence",
+        paper=Paper(
+            title="Generating Long Sequences with Sparse Transformers",
+            authors="Rewon Child, Scott Gray, Alec Radford, Ilya Sutskever",
+            venue="arXiv preprint",
+            year=2019,
+            arxiv="1904.10509",
+        ),
+        source="openai/sparse_attention (no licence file)",
+        summary="Softmax over a near block and over every l-th key, or the last columns of every block.",
+        when="Autoregressive models of long sequences, images row by row (strided) or text (fixed); set the stride if lengths vary.",
+        flops=f"8*B*N*dim*num_heads*head_dim + 4*B*N*head_dim*(num_heads*N if pattern == 'all' or N < (256 if causal else 512) or N < 2*{_L}"
+        f" else {_NEAR_HEADS}*{_NEAR} + {_FAR_HEADS}*{_FAR})",
+        grows={"N": 1.5},
+        can=frozenset({"causal", "key_mask", "attn_mask", "weights", "row_stochastic"}),
+        # A free stride depends on the length: a padded sequence, or a prefix, has another pattern. The far set of "fixed" alone has empty rows.
+        unless={"key_mask": "stride is None", "row_stochastic": "pattern == 'fixed' and head_mode != 'merged'"},
+        bounds={"prefix_property": float("inf")},
+        example={"dim": 16, "num_heads": 4},
+        variants=(
+            {"dim": 16, "num_heads": 4, "pattern": "fixed", "num_stripes": 2},
+            {"dim": 16, "num_heads": 4, "pattern": "fixed", "summary": 2, "head_mode": "split", "causal": False},
+            {"dim": 18, "num_heads": 3, "head_mode": "split", "causal": False, "qkv_bias": False},
+        ),
+    )
+    functions: ClassVar = {"sparse_pattern": sparse_pattern}
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        pattern: Literal["strided", "fixed", "local", "all"] = "strided",
+        stride: int | None = None,
+        summary: int = 1,
+        num_stripes: int = 1,
+        head_mode: Literal["merged", "split", "interleaved"] = "merged",
+        layer_index: int = 0,
+        causal: bool = True,
+        head_dim: int | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_width(dim, num_heads, head_dim)
+        check_divisible(num_heads, num_stripes, "num_heads", "num_stripes")
+        require(0.0 <= dropout < 1.0, "dropout={} must be in [0, 1)", dropout)
+        self.pattern, self.stride, self.summary, self.num_stripes = pattern, stride, summary, num_stripes
+        self.head_mode, self.layer_index, self.causal = head_mode, layer_index, causal
+        self.qkv_bias, self.out_bias, self.dropout = qkv_bias, out_bias, dropout
+        self.allowed = SparsePattern(pattern, stride, summary, num_stripes, head_mode, layer_index, causal)
+        dd = {"device": device, "dtype": dtype}
+        width = num_heads * self.head_dim
+        self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
+        self.k_proj = nn.Linear(dim, width, qkv_bias, **dd)
+        self.v_proj = nn.Linear(dim, width, qkv_bias, **dd)
+        self.out_proj = nn.Linear(width, dim, out_bias, **dd)
+        init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n dim"],
+        context: None = None,
+        *,
+        key_mask: Bool[Tensor, "b n"] | None = None,
+        attn_mask: Bool[Tensor, "#b #h n n"] | None = None,
+        return_weights: bool = False,
+    ) -> Float[Tensor, "b n dim"] | tuple[Tensor, Tensor]:
+        """Attend within `x`, over the pairs that the pattern and the masks allow.
+
+        Returns (B, N, dim), or that and the weights, dense, (B, H, N, N).
+        """
+        require(context is None, "sparse attends within x: it takes no context")
+        check_tokens(x, self.dim)
+        b, n, _ = x.shape
+        check_mask(key_mask, b, n)
+        if attn_mask is not None:
+            check_bool(attn_mask, "attn_mask")
+            check_broadcastable(attn_mask, (b, self.num_heads, n, n), "attn_mask")
+        q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        masks = {"key_mask": key_mask, "attn_mask": attn_mask}
+        out = sparse_attend(q, k, v, self.allowed, dropout=self.dropout if self.training else 0.0, **masks)
+        out = self.out_proj(merge_heads(out))
+        return (out, sparse_weights(q, k, self.allowed, **masks)) if return_weights else out

@@ -1,0 +1,87 @@
+r"""Multihead attention block: one set asks another; the residual is the projected query.
+
+    q = x Wq + bq,  k = y Wk + bk,  v = y Wv + bv,   A = softmax_M(q k^T / sqrt(D)) per head,
+    O = ln0(q + A v),   out = ln1(O + relu(O Wo + bo))
+
+Lee, Lee, Kim, Kosiorek, Choi, Teh, "Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks", ICML 2019.
+arXiv:1810.00825. The authors' code scales by the full width D, not by the head width as the paper says: we follow the code,
+`scale="head"` is the paper's. B batch, N queries, M keys, D out_dim, H heads. Not in the paper: masks, dropout of weights.
+"""
+
+from typing import ClassVar, Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ...card import Card, Paper
+from ...mechanism import Mechanism
+from ...parts.set_blocks import MAB, zero_rows
+from ...validate import check_context, check_mask, check_tokens
+
+
+class MultiheadAttentionBlock(MAB, Mechanism):
+    """Args:
+    dim: width of the asking set `x`.
+    num_heads: the output width is split between them.
+    context_dim: width of `context`; dim if None.
+    out_dim: width of the output; dim if None.
+    norm: layer norms after the two additions.
+    scale: scores are divided by the square root of out_dim ("dim", the authors' code) or of the head width ("head", the paper).
+    dropout: probability of dropping a weight in training.
+    """
+
+    card: ClassVar = Card(
+        id="mab",
+        layout="set",
+        paper=Paper(
+            title="Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",
+            authors="Juho Lee, Yoonho Lee, Jungtaek Kim, Adam R. Kosiorek, Seungjin Choi, Yee Whye Teh",
+            venue="ICML",
+            year=2019,
+            arxiv="1810.00825",
+        ),
+        source="juho-lee/set_transformer@73432c6 (MIT), modules.py",
+        summary="A set attends to another set, with a residual from the projected query and one row-wise layer.",
+        when="A building block: one set of vectors must read another whose order means nothing.",
+        flops="2*B*N*dim*out_dim + 4*B*M*context_dim*out_dim + 4*B*N*M*out_dim + 2*B*N*out_dim**2",
+        grows={"N": 2.0},
+        can=frozenset({"cross", "key_mask", "weights", "row_stochastic", "permutation_equivariant"}),
+        example={"dim": 16, "num_heads": 4},
+        variants=(
+            {"dim": 16, "num_heads": 4, "out_dim": 32},
+            {"dim": 16, "num_heads": 2, "norm": True, "scale": "head"},
+        ),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        context_dim: int | None = None,
+        out_dim: int | None = None,
+        *,
+        norm: bool = False,
+        scale: Literal["dim", "head"] = "dim",
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(dim, num_heads, context_dim, out_dim, norm=norm, scale=scale, dropout=dropout, device=device, dtype=dtype)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n dim"],
+        context: Float[Tensor, "b m context_dim"] | None = None,
+        *,
+        key_mask: Bool[Tensor, "b m"] | None = None,
+        query_mask: Bool[Tensor, "b n"] | None = None,
+        return_weights: bool = False,
+    ) -> Float[Tensor, "b n out_dim"] | tuple[Tensor, Tensor]:
+        """Attend from `x` to `context` (to `x` itself if None). Rows with a False `query_mask` come out 0; weights are (B, H, N, M)."""
+        check_tokens(x, self.dim)
+        source = x if context is None else context
+        check_context(x, source, self.context_dim)
+        check_mask(key_mask, *source.shape[:2])
+        check_mask(query_mask, *x.shape[:2], name="query_mask")
+        x, source = zero_rows(x, query_mask), zero_rows(source, key_mask)
+        return super().forward(x, source, key_mask=key_mask, query_mask=query_mask, return_weights=return_weights)

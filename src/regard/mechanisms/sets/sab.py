@@ -1,0 +1,71 @@
+r"""Set attention block: every element of a set attends to all of them.
+
+    SAB(x) = MAB(x, x)                                                                              (see `mab`)
+
+Lee, Lee, Kim, Kosiorek, Choi, Teh, "Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks", ICML 2019.
+arXiv:1810.00825. Follows the authors' code: scores divided by sqrt(out_dim). B batch, N elements, D out_dim, H heads.
+Not in the paper: masks.
+"""
+
+from typing import ClassVar, Literal
+
+from jaxtyping import Bool, Float
+from torch import Tensor
+
+from ...card import Card, Paper
+from ...mechanism import Mechanism
+from ...parts.set_blocks import SAB, zero_rows
+from ...validate import check_mask, check_tokens
+
+
+class SetAttentionBlock(SAB, Mechanism):
+    """Args:
+    dim: width of the elements.
+    num_heads: the output width is split between them.
+    out_dim: width of the output; dim if None.
+    norm: layer norms after the two additions.
+    scale: scores are divided by the square root of out_dim ("dim", the authors' code) or of the head width ("head", the paper).
+    dropout: probability of dropping a weight in training.
+    """
+
+    card: ClassVar = Card(
+        id="sab",
+        layout="set",
+        paper=Paper(
+            title="Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",
+            authors="Juho Lee, Yoonho Lee, Jungtaek Kim, Adam R. Kosiorek, Seungjin Choi, Yee Whye Teh",
+            venue="ICML",
+            year=2019,
+            arxiv="1810.00825",
+        ),
+        source="juho-lee/set_transformer@73432c6 (MIT), modules.py",
+        summary="All pairs of elements of a set interact; permuting the set permutes the output.",
+        when="Sets of up to a few thousand elements whose interactions matter.",
+        flops="B*N*(6*dim*out_dim + 2*out_dim**2) + 4*B*N**2*out_dim",
+        grows={"N": 2.0},
+        can=frozenset({"mask", "weights", "row_stochastic", "permutation_equivariant"}),
+        example={"dim": 16, "num_heads": 4},
+        variants=({"dim": 10, "num_heads": 4, "out_dim": 24}, {"dim": 16, "num_heads": 2, "norm": True, "scale": "head"}),
+    )
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        out_dim: int | None = None,
+        *,
+        norm: bool = False,
+        scale: Literal["dim", "head"] = "dim",
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__(dim, num_heads, out_dim, norm=norm, scale=scale, dropout=dropout, device=device, dtype=dtype)
+
+    def forward(
+        self, x: Float[Tensor, "b n dim"], *, mask: Bool[Tensor, "b n"] | None = None, return_weights: bool = False
+    ) -> Float[Tensor, "b n out_dim"] | tuple[Tensor, Tensor]:
+        """Elements with a False `mask` are neither seen nor changed into anything: their rows come out 0. Weights are (B, H, N, N)."""
+        check_tokens(x, self.dim)
+        check_mask(mask, *x.shape[:2], name="mask")
+        return super().forward(zero_rows(x, mask), mask=mask, return_weights=return_weights)

@@ -1,0 +1,48 @@
+"""Pairwise affinities, the way of computing chosen: queries (B, N, d), keys (B, M, d), values (B, M, dv), which the caller has checked."""
+
+import torch
+from torch import Tensor
+
+from .. import _dispatch
+from ..softmax_attention import attend
+from . import associative, ordered, reference
+from .reference import Kind
+
+_dispatch.register("pairwise_attention", "fused", "stored")
+_dispatch.register("pairwise_dot", "associative")
+_dispatch.register("pairwise_relu", "ordered")
+
+
+def pairwise_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 1.0) -> Tensor:
+    """softmax_j(scale q_i . k_j) v_j summed over j: (B, N, dv)."""
+    impl = _dispatch.choose("pairwise_attention", "fused", "scaled_dot_product_attention never stores the N x M weights")
+    if impl == "reference":
+        return (reference.weights(_wide(q), _wide(k), "softmax", scale) @ _wide(v)).to(v.dtype)
+    q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the fused kernel declines other layouts
+    return attend(q[:, None], k[:, None], v[:, None], scale=scale)[:, 0]
+
+
+def pairwise_dot(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """(q_i . k_j / M) v_j summed over j: (B, N, dv). Sums in float32 at least."""
+    impl = _dispatch.choose("pairwise_dot", "associative", "q (k^T v) needs no N x M weights")
+    args = _wide(q), _wide(k), _wide(v)
+    out = associative.pairwise_dot(*args) if impl == "associative" else reference.weights(*args[:2], "dot") @ args[2]
+    return out.to(v.dtype)
+
+
+def pairwise_relu(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
+    """(relu(a_i + b_j) / M) v_j summed over j, for numbers a (B, N), b (B, M): (B, N, dv). Sums in float32 at least."""
+    impl = _dispatch.choose("pairwise_relu", "ordered", "prefix sums over sorted keys are exact and need no N x M weights")
+    args = _wide(a), _wide(b), _wide(v)
+    out = ordered.pairwise_relu(*args) if impl == "ordered" else reference.weights(*args[:2], "relu") @ args[2]
+    return out.to(v.dtype)
+
+
+def affinity_weights(a: Tensor, b: Tensor, kind: Kind, *, scale: float = 1.0) -> Tensor:
+    """The weights, (B, N, M), computed in float32 at least; "relu" takes numbers a (B, N), b (B, M)."""
+    return reference.weights(_wide(a), _wide(b), kind, scale).to(a.dtype)
+
+
+def _wide(x: Tensor) -> Tensor:
+    """Unscaled scores and sums over positions leave the range of half precision."""
+    return x.to(torch.promote_types(x.dtype, torch.float32))

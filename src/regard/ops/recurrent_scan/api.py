@@ -1,0 +1,98 @@
+"""Recurrent cells: the implementation chosen, precisions settled."""
+
+from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...errors import require
+from .. import _dispatch
+from . import fused, looped, reference
+from .cells import LSTM, Weights
+
+_dispatch.register("recurrent_scan", "fused", "looped")
+
+
+def run(
+    cell: LSTM, x: Tensor, state: Sequence[Tensor], weights: Weights, *, mask: Tensor | None = None, gates: bool = False
+) -> tuple[Tensor, list[Tensor], dict[str, Tensor]]:
+    """A cell over a whole sequence.
+
+    Args:
+        x: (B, T, I).
+        state: what the cell starts from, each (B, H).
+        weights: under the names that the cell knows.
+        mask: (B, T), False = the step copies the state.
+        gates: return them.
+
+    Returns:
+        the first state component after every step (B, T, H); the last state; the gates by name (B, T, H), none unless asked for.
+    """
+    refusal = _refusal(cell, x, weights, mask, gates)
+    lifted = any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, *state, *weights.values()))
+    if lifted:
+        automatic, why = "reference", "inside a functorch transform the plain steps are batched"
+    else:
+        automatic, why = ("looped", refusal) if refusal else ("fused", "torch's kernel does the whole sequence")
+    impl = _dispatch.choose("recurrent_scan", automatic, why)
+    require(impl != "fused" or not refusal, "recurrent_scan='fused' cannot run: {}", refusal)
+    if impl == "fused" and x.shape[1]:
+        with _full_precision(x):
+            out, last = fused.scan(cell, x.to(weights["weight_hh"].dtype), state, weights)
+        return out, last, {}
+    exact = _exact_dtype(x, weights)
+    with _full_precision(x):
+        weights = {name: w.to(exact) for name, w in weights.items()}
+        start, params = [s.to(exact) for s in state], [weights[name] for name in cell.recurrent()]
+        a = cell.project(x.transpose(0, 1).to(exact), weights)
+        if not x.shape[1]:
+            states, values = [a.new_empty(0, *s.shape) for s in start], a
+            last = list(state)
+        else:
+            step_mask = None if mask is None else mask.mT.contiguous()
+            scan = reference.scan if impl == "reference" else _looped
+            *states, values = scan(cell, a, start, params, step_mask)
+            last = [s[-1].to(x.dtype) for s in states]
+        named = cell.unpack(states, values) if gates else {}
+    return states[0].transpose(0, 1).to(x.dtype), last, {name: g.transpose(0, 1).to(x.dtype) for name, g in named.items()}
+
+
+def step(cell: LSTM, x: Tensor, state: Sequence[Tensor], weights: Weights) -> tuple[list[Tensor], dict[str, Tensor]]:
+    """One step of the plain definition: x (B, I) -> the state, and the gates (B, H)."""
+    exact = _exact_dtype(x, weights)
+    with _full_precision(x):
+        weights = {name: w.to(exact) for name, w in weights.items()}
+        params = [weights[name] for name in cell.recurrent()]
+        after, values = reference.step(cell, cell.project(x.to(exact), weights), [s.to(exact) for s in state], params)
+        named = cell.unpack(after, values)
+    return [s.to(x.dtype) for s in after], {name: g.to(x.dtype) for name, g in named.items()}
+
+
+def _looped(cell: LSTM, a: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
+    return looped.recurrent_scan(cell.key, a, list(state), list(params), mask)
+
+
+def _refusal(cell: LSTM, x: Tensor, weights: Weights, mask: Tensor | None, gates: bool) -> str:
+    """Why torch's fused kernel cannot do it; empty if it can."""
+    if cell.fused is None:
+        return f"torch has no kernel for {cell.key}"
+    if mask is not None or gates:
+        return "torch's kernel neither copies masked steps nor shows its gates"
+    if torch.compiler.is_compiling():
+        return "traced, torch's kernel would be unrolled for one length"
+    if x.is_meta or (x.device.type == "cpu" and weights["weight_hh"].dtype != torch.float32):
+        return "oneDNN's kernel is for float32"
+    return ""
+
+
+def _exact_dtype(x: Tensor, weights: Weights) -> torch.dtype:
+    """At least float32: a cell adds up over thousands of steps."""
+    return torch.promote_types(torch.promote_types(x.dtype, weights["weight_hh"].dtype), torch.float32)
+
+
+def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
+    kind = x.device.type
+    inside = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.autocast(kind, enabled=False) if inside else nullcontext()

@@ -1,0 +1,264 @@
+"""The sparse patterns of Sparse Transformers (arXiv:1904.10509): as a relation, as a dense mask, and as a plan of dense pieces.
+
+Between a query i and a key j, with l = stride, c = summary, S = num_stripes:
+
+    strided   A0: |i - j| < l                   A1: (i - j) mod l = 0
+    fixed     A0: floor(i / l) = floor(j / l)   A1: l - (s + 1) c <= j mod l < l - s c,  s = h mod S for head h
+    local     A0 of strided                     all: every pair
+
+and j <= i where causal. Heads use both factors ("merged"), A0 and A1 in turn ("split"), or all of them that of their layer ("interleaved").
+"""
+
+import math
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+
+import torch
+from torch import Tensor
+
+from ...errors import require
+from .. import _dispatch
+from . import reference
+from .api import attend, attention_weights, combine_masks
+from .blocks import Columns, Layer, Piece, Plan, Residues, Rows, Windows, block_attend, planner
+
+_dispatch.register("sparse_attention", "dense", "blocks")
+
+KINDS = ("strided", "fixed", "local", "all")
+MODES = ("merged", "split", "interleaved")
+STEP = 32  # queries that share one window of keys: fewer make small products, more make windows wider than the band
+PARTS = 16  # groups of blocks that look at the summaries of earlier blocks: about half the work of one group, and small masks
+
+
+@dataclass(frozen=True)
+class SparsePattern:
+    """`stride` None is ceil(sqrt(N)), and at least summary * num_stripes for "fixed"; `layer_index` is for "interleaved" alone."""
+
+    kind: str = "strided"
+    stride: int | None = None
+    summary: int = 1
+    num_stripes: int = 1
+    head_mode: str = "merged"
+    layer_index: int = 0
+    causal: bool = True
+
+    def __post_init__(self) -> None:
+        require(self.kind in KINDS, "pattern={!r} is not one of {}", self.kind, KINDS)
+        require(self.head_mode in MODES, "head_mode={!r} is not one of {}", self.head_mode, MODES)
+        require(self.stride is None or self.stride >= 1, "stride={} must be at least 1, or None for ceil(sqrt(N))", self.stride)
+        require(min(self.summary, self.num_stripes) >= 1, "summary={} and num_stripes={} must be at least 1", self.summary, self.num_stripes)
+        require(self.layer_index >= 0, "layer_index={} must not be negative", self.layer_index)
+        fits = self.kind != "fixed" or self.stride is None or self.summary * self.num_stripes <= self.stride
+        require(fits, "summary={} times num_stripes={} must be at most stride={}", self.summary, self.num_stripes, self.stride)
+
+    def period(self, n: int) -> int:
+        """The stride for n positions."""
+        if self.stride is not None:
+            return self.stride
+        return max(math.ceil(math.sqrt(n)), self.summary * self.num_stripes if self.kind == "fixed" else 1)
+
+    def groups(self) -> tuple[tuple[slice, tuple[str, ...]], ...]:
+        """Heads, and the factors they use."""
+        every = slice(None)
+        if self.kind in ("local", "all"):
+            return ((every, ("A0",)),)
+        if self.head_mode == "merged":
+            return ((every, ("A0", "A1")),)
+        if self.head_mode == "interleaved":
+            return ((every, (("A0", "A1")[self.layer_index % 2],)),)
+        return ((slice(0, None, 2), ("A0",)), (slice(1, None, 2), ("A1",)))
+
+    def relation(self, factor: str, i: Tensor, j: Tensor, period: int, heads: range) -> Tensor:
+        """Whether queries i (L) may attend to keys j (M) by one factor: (1 or heads, L, M)."""
+        i, j = i[:, None], j[None, None]
+        if self.kind == "all":
+            seen = (i == i) & (j == j)
+        elif factor == "A0":
+            seen = i // period == j // period if self.kind == "fixed" else (i - j).abs() < period
+        elif self.kind == "fixed":
+            first = torch.tensor([at[0] for at in self.columns(period, heads)], device=i.device)[:, None, None]
+            first = first[:1] if self.num_stripes == 1 else first
+            seen = (j % period >= first) & (j % period < first + self.summary) & (i == i)
+        else:
+            seen = (i - j) % period == 0
+        return seen & (j <= i) if self.causal else seen
+
+    def columns(self, period: int, heads: range) -> tuple[tuple[int, ...], ...]:
+        """The summary columns of a block, for each head."""
+        starts = [period - (h % self.num_stripes + 1) * self.summary for h in heads]
+        return tuple(tuple(range(at, at + self.summary)) for at in starts)
+
+    def mask(self, n: int, num_heads: int, device: torch.device | None = None) -> Tensor:
+        """The allowed pairs, (1 or num_heads, n, n)."""
+        at, period, groups = torch.arange(n, device=device), self.period(n), self.groups()
+        rows = []
+        for heads, factors in groups:
+            own = range(num_heads)[heads]
+            seen = self.relation(factors[0], at, at, period, own)
+            for factor in factors[1:]:
+                seen = seen | self.relation(factor, at, at, period, own)
+            rows.append(seen if len(groups) == 1 else seen.expand(len(own), n, n))
+        if len(groups) == 1:
+            return rows[0]
+        order = sorted(range(num_heads), key=[h for heads, _ in groups for h in range(num_heads)[heads]].__getitem__)
+        return torch.cat(rows)[order]
+
+
+def sparse_pattern(
+    n: int,
+    num_heads: int = 1,
+    pattern: str = "strided",
+    stride: int | None = None,
+    summary: int = 1,
+    num_stripes: int = 1,
+    head_mode: str = "merged",
+    layer_index: int = 0,
+    causal: bool = True,
+    device: torch.device | str | None = None,
+) -> Tensor:
+    """The pairs that sparse attention allows, boolean (num_heads, n, n), True = may be attended."""
+    device = torch.device(device) if isinstance(device, str) else device
+    return SparsePattern(pattern, stride, summary, num_stripes, head_mode, layer_index, causal).mask(n, num_heads, device).expand(num_heads, n, n)
+
+
+def sparse_attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    pattern: SparsePattern,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
+    dropout: float = 0.0,
+) -> Tensor:
+    """softmax(scale q k^T) v over the pairs of a pattern that the masks allow too.
+
+    Args:
+        q, k, v: (B, H, N, d), of the same shape.
+        scale: d ** -0.5 if None.
+        key_mask: boolean (B, N), True = may be attended.
+        attn_mask: boolean, broadcastable to (B, H, N, N); with it, as with dropout, the N x N mask is built.
+        dropout: probability of dropping a weight; pass 0 outside training.
+
+    Returns:
+        (B, H, N, d); a query without any allowed key gets zeros.
+    """
+    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    n, h = q.shape[2], q.shape[1]
+    impl = _dispatch.choose("sparse_attention", *_automatic(pattern, q, attn_mask, dropout))
+    if impl == "blocks":
+        require(pattern.kind != "all", "sparse_attention has no blocks for pattern={!r}", pattern.kind)
+        require(attn_mask is None and dropout == 0, "sparse_attention by blocks takes no attn_mask and no dropout")
+        return block_attend(q, k, v, "sparse", asdict(pattern), scale=scale, key_mask=key_mask)
+    keys = None if key_mask is None else key_mask[:, None, None]
+    if impl == "dense" and pattern.kind == "all":
+        return attend(q, k, v, scale=scale, mask=combine_masks(keys, attn_mask), causal=pattern.causal, dropout=dropout)
+    mask = combine_masks(pattern.mask(n, h, q.device), keys, attn_mask)
+    if impl == "reference":
+        return reference.attend(q, k, v, scale, mask, None, dropout)
+    return attend(q, k, v, scale=scale, mask=mask, dropout=dropout)
+
+
+def sparse_weights(
+    q: Tensor, k: Tensor, pattern: SparsePattern, *, scale: float | None = None, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
+) -> Tensor:
+    """The weights `sparse_attend` uses, dense: (B, H, N, N)."""
+    keys = None if key_mask is None else key_mask[:, None, None]
+    return attention_weights(q, k, scale=scale, mask=combine_masks(pattern.mask(q.shape[2], q.shape[1], q.device), keys, attn_mask))
+
+
+def _automatic(pattern: SparsePattern, q: Tensor, attn_mask: Tensor | None, dropout: float) -> tuple[str, str]:
+    if pattern.kind == "all":
+        return "dense", "every pair is allowed"
+    if attn_mask is not None or dropout > 0:
+        return "dense", "attn_mask and dropout act on single weights, which blocks do not form"
+    if isinstance(q.shape[2], torch.SymInt):
+        return "blocks", "a graph with a free length must not depend on it"
+    least = (256 if pattern.causal else 512) if _dispatch.on_cpu(q) else 1024
+    if q.shape[2] < least or q.shape[2] < 2 * pattern.period(q.shape[2]):
+        return "dense", f"below {least} positions, or two strides, one masked product is faster than several small ones"
+    return "blocks", "the pattern falls into dense blocks, N sqrt(N) work with a stride near sqrt(N)"
+
+
+@planner
+def sparse(n: int, num_heads: int, **options: object) -> Plan:
+    """The pieces of a SparsePattern. Where both factors hold a pair, A0 leaves it to A1 or, for own blocks of causal "fixed", A1 to A0."""
+    pattern = SparsePattern(**options)  # type: ignore[arg-type]
+    period = pattern.period(n)
+    count = max(1, -(-n // period))
+    reach = STEP * -(-(period - 1) // STEP)
+    windows = max(0, -(-(n - reach) // STEP))
+    rows = count * period
+    if pattern.kind != "fixed":
+        rows = max(rows, reach + STEP * windows + (0 if pattern.causal else reach))
+    groups = []
+    for heads, factors in pattern.groups():
+        own, layers = range(num_heads)[heads], ()
+        if pattern.kind == "fixed":
+            layers = _fixed(pattern, factors, period, count, own)
+        else:
+            near = (_band(pattern, factors, period, reach, windows),) if "A0" in factors else ()
+            far = (Layer((Piece(Residues(period, count), Residues(period, count), causal=pattern.causal),)),) if "A1" in factors else ()
+            layers = near + far
+        if len(own):
+            groups.append((heads, layers))
+    return Plan(rows, pattern.causal, tuple(groups))
+
+
+def _masked(pattern: SparsePattern, factors: tuple[str, ...], i: range, j: range, period: int, heads: range) -> Callable[[torch.device], Tensor]:
+    """The mask of a piece: A0, less what A1 holds if both are used."""
+
+    def mask(device: torch.device) -> Tensor:
+        at, to = torch.arange(i.start, i.stop, device=device), torch.arange(j.start, j.stop, device=device)
+        seen = pattern.relation(factors[0], at, to, period, heads)
+        return seen & ~pattern.relation(factors[1], at, to, period, heads) if len(factors) > 1 else seen
+
+    return mask
+
+
+def _band(pattern: SparsePattern, factors: tuple[str, ...], period: int, reach: int, windows: int) -> Layer:
+    """|i - j| < period: the first `reach` queries, then windows of STEP queries, which see `reach` keys before (and, not causal, after) them."""
+    after = 0 if pattern.causal else reach
+    head = reach + (after if windows else 0)
+    pieces = []
+    if reach:
+        pieces.append(Piece(Rows(0, reach), Rows(0, head), _masked(pattern, factors, range(reach), range(head), period, range(1))))
+    if windows:
+        width = reach + STEP + after
+        mask = _masked(pattern, factors, range(reach, reach + STEP), range(width), period, range(1))
+        pieces.append(Piece(Windows(reach, windows, STEP, STEP), Windows(0, windows, STEP, width), mask))
+    return Layer(tuple(pieces))
+
+
+def _fixed(pattern: SparsePattern, factors: tuple[str, ...], period: int, count: int, heads: range) -> tuple[Layer, ...]:
+    columns, block, blocks = pattern.columns(period, heads), range(period), Windows(0, count, period, period)
+    near = Piece(blocks, blocks, causal=True)
+    if not pattern.causal:
+        near = Piece(blocks, blocks, _masked(pattern, factors, block, block, period, heads) if len(factors) > 1 else None)
+        far = Piece(Rows(0, count * period), Columns(period, count, columns))
+        return tuple(Layer((piece,)) for factor, piece in (("A0", near), ("A1", far)) if factor in factors)
+
+    def own(device: torch.device) -> Tensor:
+        return torch.tensor(columns, device=device)[:, None] <= torch.arange(period, device=device)[:, None]
+
+    layers = (Layer((near if "A0" in factors else Piece(blocks, Columns(period, count, columns, own=True), own),)),)
+    group = -(-(count - 1) // PARTS)
+    if "A1" in factors and count > 1:
+        stops = [(first, min(first + group, count)) for first in range(1, count, group)]
+        pieces = [
+            Piece(Rows(a * period, b * period), Columns(period, b - 1, columns), _earlier(a, b, period, pattern.summary) if b - a > 1 else None)
+            for a, b in stops
+        ]
+        layers += (Layer(tuple(pieces), start=period),)
+    return layers
+
+
+def _earlier(first: int, stop: int, period: int, summary: int) -> Callable[[torch.device], Tensor]:
+    """Queries of blocks first..stop against the summaries of blocks 0..stop - 1: those of earlier blocks."""
+
+    def mask(device: torch.device) -> Tensor:
+        blocks = torch.arange(stop - 1, device=device).repeat_interleave(summary)
+        return blocks < torch.arange(first, stop, device=device).repeat_interleave(period)[:, None]
+
+    return mask

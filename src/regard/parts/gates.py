@@ -1,0 +1,28 @@
+"""Gates (a number in [0, 1] from a logit) and activations, by name."""
+
+from collections.abc import Callable, Mapping
+from types import MappingProxyType
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..validate import check_option
+
+Pointwise = Callable[[Tensor], Tensor]
+
+# hard_sigmoid is relu6(x + 3) / 6.
+GATES: Mapping[str, Pointwise] = MappingProxyType({"sigmoid": torch.sigmoid, "hard_sigmoid": F.hardsigmoid})
+ACTIVATIONS: Mapping[str, Pointwise] = MappingProxyType(
+    {"relu": F.relu, "gelu": F.gelu, "silu": F.silu, "hard_swish": F.hardswish, "leaky_relu": F.leaky_relu, "tanh": torch.tanh}
+)
+
+
+def gate_function(kind: str, name: str = "gate") -> Pointwise:
+    check_option(kind, tuple(GATES), name)
+    return GATES[kind]
+
+
+def activation(kind: str, name: str = "act") -> Pointwise:
+    check_option(kind, tuple(ACTIVATIONS), name)
+    return ACTIVATIONS[kind]

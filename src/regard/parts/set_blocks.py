@@ -1,0 +1,168 @@
+"""The four blocks of the Set Transformer (arXiv 1810.00825), as plain modules. They trust their inputs: the mechanisms check them.
+
+B batch, N queries or elements, M keys, D out_dim, H heads, m inducing points, k seeds. Masks are True for real elements.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import require
+from ..ops.softmax_attention import attend, attention_weights
+from ..validate import check_divisible, check_option
+from .heads import merge_heads, split_heads
+
+
+def zero_rows(x: Tensor, mask: Tensor | None) -> Tensor:
+    """`x` (B, N, D) with the rows where `mask` (B, N) is False set to zero: nothing in them, not even NaN, gets through."""
+    return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+
+
+class MAB(nn.Module):
+    """O = ln0(q + softmax(s q k^T) v);  out = ln1(O + relu(fc_o(O))),  s = out_dim^-1/2 ("dim") or head width^-1/2 ("head")."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        context_dim: int | None = None,
+        out_dim: int | None = None,
+        *,
+        norm: bool = False,
+        scale: str = "dim",
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads = dim, num_heads
+        self.context_dim = dim if context_dim is None else context_dim
+        self.out_dim = dim if out_dim is None else out_dim
+        check_divisible(self.out_dim, num_heads, "out_dim", "num_heads")
+        check_option(scale, ("dim", "head"), "scale")
+        require(0.0 <= dropout < 1.0, "dropout={} must be in [0, 1)", dropout)
+        self.norm, self.scale, self.dropout = norm, scale, dropout
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.fc_q = nn.Linear(dim, self.out_dim, **dd)
+        self.fc_k = nn.Linear(self.context_dim, self.out_dim, **dd)
+        self.fc_v = nn.Linear(self.context_dim, self.out_dim, **dd)
+        self.ln0 = nn.LayerNorm(self.out_dim, **dd) if norm else nn.Identity()
+        self.ln1 = nn.LayerNorm(self.out_dim, **dd) if norm else nn.Identity()
+        self.fc_o = nn.Linear(self.out_dim, self.out_dim, **dd)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        key_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, Tensor]:
+        """x (B, N, dim), or (1, N, dim) shared by the batch; context (B, M, context_dim). Weights are (B, H, N, M)."""
+        context = x if context is None else context
+        q = self.fc_q(x)
+        heads = split_heads(q, self.num_heads).expand(context.shape[0], -1, -1, -1)
+        k = split_heads(self.fc_k(context), self.num_heads)
+        v = split_heads(self.fc_v(context), self.num_heads)
+        width = self.out_dim if self.scale == "dim" else self.out_dim // self.num_heads
+        mask = None if key_mask is None else key_mask[:, None, None]
+        out = attend(heads, k, v, scale=width**-0.5, mask=mask, dropout=self.dropout if self.training else 0.0)
+        out = self.ln0(q + merge_heads(out))
+        out = zero_rows(self.ln1(out + torch.relu(self.fc_o(out))), query_mask)
+        if not return_weights:
+            return out
+        weights = attention_weights(heads, k, scale=width**-0.5, mask=mask)
+        return out, weights if query_mask is None else weights.masked_fill(~query_mask[:, None, :, None], 0.0)
+
+
+class SAB(nn.Module):
+    """A set attends to itself: MAB(x, x)."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        out_dim: int | None = None,
+        *,
+        norm: bool = False,
+        scale: str = "dim",
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.mab = MAB(dim, num_heads, dim, out_dim, norm=norm, scale=scale, dropout=dropout, device=device, dtype=dtype)
+        self.dim, self.num_heads, self.out_dim = dim, num_heads, self.mab.out_dim
+        self.norm, self.scale, self.dropout = norm, scale, dropout
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_weights: bool = False):
+        return self.mab(x, key_mask=mask, query_mask=mask, return_weights=return_weights)
+
+
+class ISAB(nn.Module):
+    """A set attends to what m learned points `I` have gathered from it: MAB1(x, MAB0(I, x))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        out_dim: int | None = None,
+        num_inducing: int = 32,
+        *,
+        norm: bool = False,
+        scale: str = "dim",
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        require(num_inducing > 0, "num_inducing={} must be at least 1", num_inducing)
+        self.dim, self.num_heads, self.out_dim, self.num_inducing = dim, num_heads, dim if out_dim is None else out_dim, num_inducing
+        self.norm, self.scale, self.dropout = norm, scale, dropout
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.I = nn.Parameter(torch.empty(1, num_inducing, self.out_dim, **dd))
+        nn.init.xavier_uniform_(self.I)
+        self.mab0 = MAB(self.out_dim, num_heads, dim, self.out_dim, norm=norm, scale=scale, dropout=dropout, **dd)
+        self.mab1 = MAB(dim, num_heads, self.out_dim, self.out_dim, norm=norm, scale=scale, dropout=dropout, **dd)
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_weights: bool = False):
+        """With `return_weights` also (points to elements (B, H, m, N), elements to points (B, H, N, m))."""
+        if not return_weights:
+            return self.mab1(x, self.mab0(self.I, x, key_mask=mask), query_mask=mask)
+        points, gathered = self.mab0(self.I, x, key_mask=mask, return_weights=True)
+        out, spread = self.mab1(x, points, query_mask=mask, return_weights=True)
+        return out, (gathered, spread)
+
+
+class PMA(nn.Module):
+    """k learned seeds `S` pool a set: MAB(S, x), or MAB(S, relu(rff(x)))."""
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        num_seeds: int = 1,
+        *,
+        norm: bool = False,
+        rff: bool = False,
+        scale: str = "dim",
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        require(num_seeds > 0, "num_seeds={} must be at least 1", num_seeds)
+        self.dim, self.num_heads, self.num_seeds = dim, num_heads, num_seeds
+        self.norm, self.scale, self.dropout = norm, scale, dropout
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.S = nn.Parameter(torch.empty(1, num_seeds, dim, **dd))
+        nn.init.xavier_uniform_(self.S)
+        self.mab = MAB(dim, num_heads, dim, dim, norm=norm, scale=scale, dropout=dropout, **dd)
+        self.rff = nn.Linear(dim, dim, **dd) if rff else None
+
+    def forward(self, x: Tensor, *, mask: Tensor | None = None, return_weights: bool = False):
+        """(B, k, dim); with `return_weights` also (B, H, k, N)."""
+        x = x if self.rff is None else torch.relu(self.rff(x))
+        return self.mab(self.S, x, key_mask=mask, return_weights=return_weights)

@@ -1,0 +1,27 @@
+"""Maps as rows of positions, and 1x1 convolutions as matrix products that need no copy of either layout."""
+
+import torch
+from torch import Tensor, nn
+
+
+def flatten_space(x: Tensor) -> Tensor:
+    """(B, C, *space) -> (B, N, C), row-major: a view of a contiguous or a channels-last map."""
+    return x.flatten(2).mT
+
+
+def unflatten_space(rows: Tensor, size: tuple[int, ...]) -> Tensor:
+    """(B, N, C) -> (B, C, *size), a view."""
+    return rows.mT.unflatten(2, size)
+
+
+def project_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution `weight` (F, C), `bias` (F) of rows (B, N, C): contiguous (B, N, F), whatever the strides of `rows`."""
+    matrix = weight.mT.expand(rows.shape[0], -1, -1)
+    return torch.bmm(rows, matrix) if bias is None else torch.baddbmm(bias, rows, matrix)
+
+
+def project_to_map(rows: Tensor, linear: nn.Linear, size: tuple[int, ...]) -> Tensor:
+    """The 1x1 convolution `linear` of rows (B, N, C), written as a contiguous map (B, F, *size)."""
+    matrix, columns = linear.weight.expand(rows.shape[0], -1, -1), rows.mT
+    out = torch.bmm(matrix, columns) if linear.bias is None else torch.baddbmm(linear.bias[:, None], matrix, columns)
+    return out.unflatten(2, size)

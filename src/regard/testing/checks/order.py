@@ -1,0 +1,140 @@
+"""Order: causality, permutations, steps, weights."""
+
+import inspect
+
+import torch
+
+from ..subject import Subject, tensors
+from ..suite import NotApplicable, check, expect
+from ._common import close, forward, gradients
+
+
+def _causal(subject: Subject) -> torch.nn.Module:
+    if "causal" in inspect.signature(subject.kind).parameters:
+        subject = subject.with_options(causal=True)
+    return subject.build()
+
+
+@check(needs=("causal",), layouts=("sequence", "recurrent"))
+def no_gradient_from_the_future(subject: Subject) -> None:
+    """The causal form passes no gradient from output t to inputs after t."""
+    module, x = _causal(subject), subject.inputs(11)["x"].requires_grad_()
+    out = forward(module, {"x": x})
+    for t in (0, 4, 9):
+        (gradient,) = torch.autograd.grad(out[:, t].square().sum(), x, retain_graph=True)
+        leak = gradient[:, t + 1 :].abs().max().item()
+        own = gradient[:, : t + 1].abs().max().item()
+        expect(leak <= subject.bound("no_gradient_from_the_future", 0.0) * own, "output {} depends on later inputs (gradient {:.1e} against {:.1e} from the past)", t, leak, own)
+
+
+@check(needs=("causal",), layouts=("sequence", "recurrent"))
+def prefix_property(subject: Subject) -> None:
+    """The causal form gives a prefix what it gives the whole: out(x)[:, :t] = out(x[:, :t])."""
+    module, x = _causal(subject), subject.inputs(13)["x"]
+    with torch.no_grad():
+        whole = forward(module, {"x": x})
+        for t in (1, 5, 12):
+            close(forward(module, {"x": x[:, :t]}), whole[:, :t], subject.bound("prefix_property", 1e-5), f"prefix of {t}")
+
+
+@check(needs=("step",))
+def steps_equal_the_whole(subject: Subject) -> None:
+    """Position by position gives what the whole sequence gives."""
+    module, x = _causal(subject), subject.inputs(9)["x"]
+    with torch.no_grad():
+        whole = forward(module, {"x": x})
+        state, steps = module.init_state(x.shape[0]), []
+        for t in range(x.shape[1]):
+            out, state = module.step(x[:, t], state)[:2]
+            steps.append(out)
+        close(torch.stack(steps, 1), whole, subject.bound("steps_equal_the_whole", 1e-5), "step by step")
+
+
+@check(needs=("permutation_equivariant",))
+def permutation_equivariance(subject: Subject) -> None:
+    """Permuting the positions permutes the output."""
+    inputs, out, back = _permuted(subject)
+    module = subject.build()
+    with torch.no_grad():
+        close(back(forward(module, out)), forward(module, inputs), 1e-5, "permuted positions")
+
+
+@check(needs=("permutation_invariant",))
+def permutation_invariance(subject: Subject) -> None:
+    """Permuting the elements leaves the output as it is."""
+    inputs, out, _ = _permuted(subject)
+    module = subject.build()
+    with torch.no_grad():
+        close(forward(module, out), forward(module, inputs), 1e-5, "permuted elements")
+
+
+def _permuted(subject: Subject):
+    inputs, x = subject.inputs(), subject.inputs()["x"]
+    generator = torch.Generator().manual_seed(4)
+    if subject.layout == "map":
+        order = torch.randperm(x.shape[2:].numel(), generator=generator)
+        shape = x.shape[2:]
+        return inputs, {"x": x.flatten(2)[:, :, order].unflatten(2, shape)}, lambda y: y.flatten(2)[:, :, order.argsort()].unflatten(2, shape)
+    order = torch.randperm(x.shape[1], generator=generator)
+    moved = {"x": x[:, order]}
+    if "adjacency" in inputs:
+        moved["adjacency"] = inputs["adjacency"][:, order][:, :, order]
+    return inputs, moved, lambda y: y[:, order.argsort()]
+
+
+@check(needs=("cross",), layouts=("sequence", "set"))
+def cross_attention(subject: Subject) -> None:
+    """Queries and keys may differ in number; the output follows the queries, and depends on both."""
+    module = subject.build()
+    width = getattr(module, "context_dim", subject.width)
+    for m in (1, 5, 17):
+        x = subject.inputs()["x"]
+        context = torch.randn(2, m, width, generator=torch.Generator().manual_seed(m))
+        out, found = gradients(module, {"x": x, "context": context})
+        expect(out.shape[:2] == x.shape[:2], "{} queries and {} keys give an output of {}", x.shape[1], m, tuple(out.shape))
+        expect("context" in found and found["context"].abs().max().item() > 0, "the output does not depend on the context")
+        if m > 1:
+            expect(found["x"].abs().max().item() > 0, "the output does not depend on the queries")
+
+
+@check(needs=("weights",))
+def weights_come_beside_the_same_output(subject: Subject) -> None:
+    """return_weights=True changes nothing but adds the weights."""
+    module, inputs = subject.build(), subject.inputs()
+    with torch.no_grad():
+        plain, both = module(**inputs), module(**inputs, return_weights=True)
+    expect(isinstance(both, tuple), "return_weights=True gave {} instead of (output, weights)", type(both).__name__)
+    close(tensors(both)[0], tensors(plain)[0], 1e-5, "the output beside its weights")
+    expect(len(tensors(both)) > len(tensors(plain)), "return_weights=True returned no weights")
+
+
+@check(needs=("row_stochastic", "weights"))
+def weights_sum_to_one(subject: Subject) -> None:
+    """The weights are non-negative and sum to one over the last axis."""
+    module = subject.build()
+    with torch.no_grad():
+        plain = len(tensors(module(**subject.inputs())))
+        found = tensors(module(**subject.inputs(), return_weights=True))[plain:]
+    if not found:
+        raise NotApplicable("these options have no weights")
+    for weights in found:
+        expect(weights.min().item() >= 0, "a weight is {:.1e}", weights.min().item())
+        off = (weights.sum(-1) - 1).abs().max().item()
+        expect(off < 1e-4, "a row of weights misses the sum of 1 by {:.1e}", off)
+
+
+@check(needs=("identity_start",))
+def starts_as_identity(subject: Subject) -> None:
+    """A fresh module returns its input bit for bit."""
+    module, inputs = subject.build(shuffle=False), subject.inputs()
+    with torch.no_grad():
+        out = forward(module, inputs)
+    expect(torch.equal(out, inputs[subject.main]), "a fresh module changes its input by up to {:.1e}", (out - inputs[subject.main]).abs().max().item())
+
+
+@check(needs=("gate",), layouts=("map",))
+def gate_alone_equals_the_module(subject: Subject) -> None:
+    """x * gate(x) is the module, so that the gate can be fused into a residual addition."""
+    module, inputs = subject.build(), subject.inputs()
+    with torch.no_grad():
+        close(inputs["x"] * module.gate(inputs["x"]), forward(module, inputs), 1e-5, "x * gate(x)")

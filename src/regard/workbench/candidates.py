@@ -1,0 +1,153 @@
+"""A candidate: what is put into the slot. An id of the registry, a class of the user's own, or nothing."""
+
+import importlib
+import inspect
+import os
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, cast
+
+from torch import nn
+
+from .. import registry
+from ..card import Card
+from ..errors import RegardError, RegardTypeError, require
+from .config import split_name
+
+NONE = "none"
+# Which layouts can sit in which kind of host.
+FITS = {"tokens": ("sequence", "set", "recurrent"), "map": ("map",)}
+# Capabilities worth naming where they are missing, by kind of host.
+MATTERS = {
+    "tokens": ("causal", "cross", "key_mask", "attn_mask", "weights", "linear", "step"),
+    "map": ("any_dims", "weights", "linear"),
+}
+# Words for the width of the input; both are given where a constructor has two.
+WIDTHS = ("dim", "channels", "input_size", "hidden_size")
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What the host lends to a candidate's constructor where it has such an argument and the user did not give it.
+
+    Args:
+        host: "tokens" or "map".
+        causal: whether the task needs a causal mechanism.
+        num_heads: the same for every candidate.
+        longest: the longest input that will come, in tokens or pixels of a side.
+    """
+
+    host: str
+    causal: bool
+    num_heads: int
+    longest: int
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """`name` as typed, `id` of the registry or None, `kind` the class (None for `none`), `options` as typed."""
+
+    name: str
+    id: str | None
+    kind: type[nn.Module] | None
+    options: dict[str, Any]
+
+    @property
+    def card(self) -> Card | None:
+        found = getattr(self.kind, "card", None)
+        return found if isinstance(found, Card) else None
+
+    def fits(self, host: str) -> bool:
+        """Whether it can sit in this kind of host; a class without a card is believed to."""
+        if self.card is None:
+            return True
+        needed = [
+            p
+            for p in list(inspect.signature(self.card_forward).parameters.values())[1:]
+            if p.default is p.empty and p.kind is not p.VAR_KEYWORD
+        ]
+        return any(layout in FITS[host] for layout in (self.card.layout, *self.card.also)) and len(needed) == 1
+
+    @property
+    def card_forward(self) -> Callable[..., Any]:
+        assert self.kind is not None
+        return self.kind.forward
+
+    def lent(self, width: int, setting: Setting) -> dict[str, Any]:
+        """The constructor's arguments besides the user's options."""
+        if self.kind is None:
+            return {}
+        parameters = inspect.signature(self.kind.__init__).parameters
+        names = [name for name in parameters if name != "self"]
+        values: dict[str, Any] = {}
+        if self.card is not None:
+            values = {name: width for name in WIDTHS if name in names}
+        if not values and names:
+            values = {names[0]: width}
+        if "num_heads" in names and width % setting.num_heads == 0:
+            values["num_heads"] = setting.num_heads
+        if "causal" in names:
+            values["causal"] = setting.causal
+        if "layout" in names:
+            values["layout"] = "map" if setting.host == "map" else "sequence"
+        if "max_len" in names and setting.host == "tokens":
+            values["max_len"] = setting.longest
+        return {name: value for name, value in values.items() if name not in self.options}
+
+    def make(self, width: int, setting: Setting) -> nn.Module | None:
+        """The module for one slot."""
+        if self.kind is None:
+            return None
+        arguments = {**self.lent(width, setting), **self.options}
+        if self.id is not None:
+            return registry.create(self.id, **arguments)
+        try:
+            inspect.signature(self.kind).bind(**arguments)
+        except TypeError as error:
+            raise RegardTypeError(
+                f"candidate {self.name!r}: {error}; its constructor takes the width first, then the options given"
+            ) from None
+        return self.kind(**arguments)
+
+
+def parse(text: str) -> Candidate:
+    """Read one candidate and import its class.
+
+    Raises:
+        RegardError: there is no such id, module or class; the text says which and what is near.
+    """
+    name, options = split_name(text)
+    if name == NONE:
+        require(not options, "candidate {!r}: none means no attention and takes no options", text)
+        return Candidate(text, None, None, {})
+    if ":" not in name:
+        return Candidate(text, name, registry.get(name), options)
+    module_name, class_name = name.split(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        module = importlib.import_module(module_name)
+    except Exception as error:
+        raise RegardError(f"candidate {text!r}: importing {module_name!r} failed: {type(error).__name__}: {error}") from error
+    kind = getattr(module, class_name, None)
+    known = [n for n, v in vars(module).items() if inspect.isclass(v) and issubclass(v, nn.Module) and v.__module__ == module.__name__]
+    require(
+        inspect.isclass(kind) and issubclass(kind, nn.Module),
+        "candidate {!r}: {} has no torch module class {!r}; it has {}",
+        text,
+        module_name,
+        class_name,
+        known,
+    )
+    return Candidate(text, None, cast(type[nn.Module], kind), options)
+
+
+def cannot(candidate: Candidate, host: str) -> tuple[str, ...]:
+    """The capabilities that matter in this kind of host and that the card does not have; nothing is said without a card."""
+    return () if candidate.card is None else tuple(name for name in MATTERS[host] if name not in candidate.card.can)
+
+
+def ids_that_fit(host: str) -> list[str]:
+    """Ids of the registry that can sit in this kind of host."""
+    return [id for id in registry.ids() if Candidate(id, id, registry.get(id), {}).fits(host)]

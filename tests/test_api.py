@@ -1,0 +1,124 @@
+"""The public API: small, typed, quick to import, and answering wrong calls."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+import regard
+from regard.card import Card, Paper, evaluate
+from regard.errors import RegardError, RegardTypeError, require
+
+PAPER = Paper(title="T", authors="A B, C D", venue="V", year=2000, arxiv="0000.00000")
+
+
+def test_public_names() -> None:
+    assert set(regard.__all__) >= {"create", "ids", "card", "cards", "load_official", "to_official", "use_impl", "explain", "cite"}
+    assert set(regard.__all__) >= {"RegardError", "Mechanism", "Card"}
+
+
+def test_import_is_quick_and_takes_no_optional_package() -> None:
+    code = (
+        "import sys, time, torch; start = time.perf_counter(); import regard; took = time.perf_counter() - start;"
+        "loaded = [m for m in ('matplotlib','sklearn','skimage','tyro','rich','triton','transformers','timm','scipy') if m in sys.modules];"
+        "print(took, loaded)"
+    )
+    out = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    took, loaded = out.split(" ", 1)
+    assert float(took) < 1.5
+    assert loaded.strip() == "[]"
+
+
+def test_cards_ids_and_filters() -> None:
+    assert set(regard.cards()) == set(regard.ids())
+    assert "multi_head" in regard.ids(layout="sequence", can=("causal", "weights"))
+    assert "multi_head" not in regard.ids(can="linear")
+    assert "se" in regard.ids(family="channel") and "multi_head" not in regard.ids(family="channel")
+    with pytest.raises(RegardError, match="family='nowhere' is unknown"):
+        regard.ids(family="nowhere")
+
+
+@pytest.mark.parametrize(
+    ("call", "said"),
+    [
+        (lambda: regard.create("multihead", 8), "did you mean 'multi_head'"),
+        (lambda: regard.create("multi_head", 8, heads=2), "here: num_heads"),
+        (lambda: regard.create("multi_head", 8, num_head=2), "did you mean num_heads"),
+        (lambda: regard.create("multi_head"), "missing a required argument: 'dim'"),
+        (lambda: regard.create("multi_head", 10, 3), "dim=10 is not divisible by num_heads=3"),
+        (lambda: regard.create("multi_head", 8, 0), "num_heads=0"),
+        (lambda: regard.create("multi_head", 8, 2, dropout=1.5), "dropout=1.5"),
+        (lambda: regard.create("multi_head", 8, 2, rope=True, rope_dim=3), "rope_dim=3"),
+        (lambda: regard.create("multi_head", 8, 2, rel_pos_bias="toeplitz"), "max_len"),
+    ],
+)
+def test_wrong_create_is_answered(call, said: str) -> None:
+    with pytest.raises(RegardError, match=said):
+        call()
+
+
+def test_unknown_option_is_a_type_error_too() -> None:
+    with pytest.raises(TypeError):
+        regard.create("multi_head", 8, nonsense=1)
+    assert issubclass(RegardTypeError, RegardError) and issubclass(RegardError, ValueError)
+
+
+def test_require_formats_only_on_failure() -> None:
+    class Costly:
+        def __format__(self, spec: str) -> str:
+            raise RuntimeError
+
+    require(True, "{}", Costly())
+    with pytest.raises(RegardError, match="is 3"):
+        require(False, "x is {}", 3)
+
+
+def test_cite_gives_bibtex() -> None:
+    text = regard.cite("multi_head")
+    assert text.startswith("@inproceedings{multi_head,") and "1706.03762" in text and "Ashish Vaswani and Noam Shazeer" in text
+    assert "author = {A B and C D}" in PAPER.bibtex("k")
+
+
+def test_print_shows_the_call() -> None:
+    assert "dim=8, num_heads=2" in repr(regard.create("multi_head", 8, 2))
+
+
+def card(**changes) -> Card:
+    facts = {"id": "x", "layout": "map", "paper": PAPER, "source": "", "summary": "", "when": "", "flops": "2*B*N*dim"}
+    return Card(**{**facts, "grows": {"N": 1.0}, "can": frozenset({"cross"}), "example": {}, **changes})
+
+
+def test_card_refuses_what_is_unknown() -> None:
+    with pytest.raises(RegardError, match="layout='cube'"):
+        card(layout="cube")
+    with pytest.raises(RegardError, match="unknown capabilities"):
+        card(can=frozenset({"fly"}))
+    with pytest.raises(RegardError, match="`unless` names"):
+        card(unless={"causal": "dim > 3"})
+
+
+def test_card_evaluates_its_formula_and_conditions() -> None:
+    class Module:
+        dim, mode, causal = 5, "a", False
+
+    assert card().cost(Module(), B=2, N=3) == 60
+    assert card(unless={"cross": "mode == 'a' and not causal"}).capabilities(Module()) == frozenset()
+    assert card(unless={"cross": "mode in ('b', 'c') or dim > 9"}).capabilities(Module()) == {"cross"}
+    with pytest.raises(RegardError, match="'depth' is neither"):
+        card(flops="depth * 2").cost(Module())
+    with pytest.raises(RegardError, match="cannot evaluate"):
+        evaluate("__import__('os')", lambda name: 1)
+
+
+def test_use_impl_and_explain() -> None:
+    module, x = regard.create("multi_head", 8, 2), torch.randn(1, 5, 8)
+    assert [c.impl for c in regard.explain(module, x)] == ["fused"]
+    with regard.use_impl("reference"):
+        assert [str(c) for c in regard.explain(module, x)] == ["softmax_attention: reference (asked for by use_impl)"]
+    with regard.use_impl(softmax_attention="reference"):
+        assert regard.explain(module, x)[0].impl == "reference"
+    with pytest.raises(RegardError, match="no implementation 'cuda'"), regard.use_impl(softmax_attention="cuda"):
+        pass
+    with pytest.raises(RegardError, match="no operation 'convolution'"), regard.use_impl(convolution="reference"):
+        pass
