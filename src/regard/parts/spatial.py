@@ -1,7 +1,10 @@
-"""Maps as rows of positions, and 1x1 convolutions as matrix products that need no copy of either layout."""
+"""Maps as rows of positions, and 1x1 convolutions on them without a copy of either layout."""
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
+
+from ..ops._dispatch import on_cpu
 
 
 def flatten_space(x: Tensor) -> Tensor:
@@ -25,3 +28,10 @@ def project_to_map(rows: Tensor, linear: nn.Linear, size: tuple[int, ...]) -> Te
     matrix, columns = linear.weight.expand(rows.shape[0], -1, -1), rows.mT
     out = torch.bmm(matrix, columns) if linear.bias is None else torch.baddbmm(linear.bias[:, None], matrix, columns)
     return out.unflatten(2, size)
+
+
+def project_last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
+    """F.linear on contiguous (R, S, C). On CPU it goes through the convolution of oneDNN, which is faster than the matrix product (docs: measured)."""
+    if not on_cpu(x):
+        return F.linear(x, weight, bias)
+    return F.conv2d(x.permute(2, 0, 1)[None], weight[:, :, None, None], bias)[0].permute(1, 2, 0)

@@ -4,15 +4,16 @@ import importlib
 import inspect
 import os
 import sys
-from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, cast
 
+import torch
 from torch import nn
 
 from .. import registry
 from ..card import Card
 from ..errors import RegardError, RegardTypeError, require
+from ..hosts.slot import MapSlot, TokenSlot
 from .config import split_name
 
 NONE = "none"
@@ -62,17 +63,10 @@ class Candidate:
         """Whether it can sit in this kind of host; a class without a card is believed to."""
         if self.card is None:
             return True
-        needed = [
-            p
-            for p in list(inspect.signature(self.card_forward).parameters.values())[1:]
-            if p.default is p.empty and p.kind is not p.VAR_KEYWORD
-        ]
-        return any(layout in FITS[host] for layout in (self.card.layout, *self.card.also)) and len(needed) == 1
-
-    @property
-    def card_forward(self) -> Callable[..., Any]:
         assert self.kind is not None
-        return self.kind.forward
+        arguments = list(inspect.signature(self.kind.forward).parameters.values())[1:]
+        needed = [p for p in arguments if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
+        return any(layout in FITS[host] for layout in (self.card.layout, *self.card.also)) and len(needed) == 1
 
     def lent(self, width: int, setting: Setting) -> dict[str, Any]:
         """The constructor's arguments besides the user's options."""
@@ -148,6 +142,25 @@ def cannot(candidate: Candidate, host: str) -> tuple[str, ...]:
     return () if candidate.card is None else tuple(name for name in MATTERS[host] if name not in candidate.card.can)
 
 
-def ids_that_fit(host: str) -> list[str]:
-    """Ids of the registry that can sit in this kind of host."""
-    return [id for id in registry.ids() if Candidate(id, id, registry.get(id), {}).fits(host)]
+def ids_that_fit(setting: Setting) -> list[str]:
+    """Ids of the registry that can sit in this kind of host: each is built and tried, so this is for error messages only."""
+    width, good = 32, []
+    x = torch.zeros(2, width, 16, 16) if setting.host == "map" else torch.zeros(2, 64, width)
+    slot = MapSlot if setting.host == "map" else TokenSlot
+    for id in registry.ids():
+        candidate = Candidate(id, id, registry.get(id), {})
+        if candidate.fits(setting.host):
+            try:
+                module = candidate.make(width, setting)
+                assert module is not None
+                with torch.no_grad():
+                    slot(module.eval())(x)
+                good.append(id)
+            except Exception:
+                continue
+    return good
+
+
+def causal_ids() -> list[str]:
+    """Ids of the registry that sit in a token host and have a causal mode."""
+    return [id for id in registry.ids(can="causal") if Candidate(id, id, registry.get(id), {}).fits("tokens")]

@@ -25,7 +25,7 @@ from torch import nn
 from ..errors import RegardError, require
 from . import candidates as candidates_module
 from . import speeds, tasks
-from .candidates import Candidate
+from .candidates import Candidate, Setting
 from .config import Budget, CompareConfig, check, parse_budget
 from .measure import cpu_name, memory_gib
 from .records import Records
@@ -163,7 +163,7 @@ def _host(task: tasks.Task, options: dict[str, Any], members: Sequence[Candidate
             raise RegardError(
                 f"task {task.name!r} puts candidates into a network over {'maps' if host == 'map' else 'tokens'}; "
                 f"{', '.join(wrong)} cannot sit "
-                f"there; these can: none, {', '.join(candidates_module.ids_that_fit(host))}"
+                f"there; these can: none, {', '.join(candidates_module.ids_that_fit(Setting(host, False, 4, 64)))}"
             )
     raise AssertionError("unreachable")
 
@@ -469,8 +469,8 @@ def _summary(made: Plan, records: Records) -> Summary:
 def _notes(made: Plan, records: Records, machine: Machine) -> list[str]:
     """What a reader should know before believing the figures."""
     notes = [
-        "Every candidate has the same host, the same weights outside its slots, the same batches in the same order, AdamW with "
-        f"learning rate {made.learning_rate:g} (rising over the first tenth of the steps, then falling as a cosine to 0), batch {made.batch}. "
+        "Every candidate has the same host, the same weights outside its slots, the same batches in the same order, AdamW with learning "
+        f"rate {made.learning_rate:g} (rising over the first tenth of the steps, then falling as a cosine to 0), batch {made.batch}. "
         "One learning rate for all favours those it suits.",
         f"Costs are of the whole network in inference, batch {made.task.cost_batch}; FLOPs count matrix products and convolutions, "
         "peak memory counts live tensors beyond inputs and parameters, the floor comes from the rates this machine reached in this run.",

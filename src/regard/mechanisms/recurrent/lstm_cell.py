@@ -108,14 +108,25 @@ class LSTMCell(Mechanism):
         return like.new_zeros(batch_size, self.hidden_size), like.new_zeros(batch_size, self.hidden_size)
 
     def forward(
-        self, x: Float[Tensor, "b t input_size"], state: State | None = None, *, mask: Bool[Tensor, "b t"] | None = None, return_gates: bool = False
+        self,
+        x: Float[Tensor, "b t input_size"],
+        state: State | None = None,
+        *,
+        mask: Bool[Tensor, "b t"] | None = None,
+        return_gates: bool = False,
     ) -> tuple[Tensor, State] | tuple[Tensor, State, dict[str, Tensor]]:
         """Run over a sequence from `state` (zeros if None). A False `mask` copies the state over that step.
 
         Returns h after every step (B, T, H) and the last (h, c), or those and the gates {"i", "f", "g", "o", "c"}, each (B, T, H).
         """
         check_floating(x)
-        require(x.ndim == 3, "x must be (batch, time, {}), got {} axes: {}; a single time step is step(x, state)", self.input_size, x.ndim, tuple(x.shape))
+        require(
+            x.ndim == 3,
+            "x must be (batch, time, {}), got {} axes: {}; a single time step is step(x, state)",
+            self.input_size,
+            x.ndim,
+            tuple(x.shape),
+        )
         check_tokens(x, self.input_size, option="input_size")
         check_mask(mask, *x.shape[:2], name="mask")
         start = self._state(state, x)

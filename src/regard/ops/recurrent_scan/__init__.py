@@ -1,4 +1,4 @@
-"""Recurrent cells over whole sequences: torch's fused kernels, a hand-differentiated loop that gives the gates, and the plain definition."""
+"""Recurrent cells over whole sequences: torch's fused kernels, a loop with its own derivative that shows the gates, the plain definition."""
 
 from .api import run, step
 from .cells import LSTM, Cell

@@ -31,8 +31,7 @@ def run(
         the first state component after every step (B, T, H); the last state; the gates by name (B, T, H), none unless asked for.
     """
     refusal = _refusal(cell, x, weights, mask, gates)
-    lifted = any(torch._C._functorch.is_functorch_wrapped_tensor(t) for t in (x, *state, *weights.values()))
-    if lifted:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
         automatic, why = "reference", "inside a functorch transform the plain steps are batched"
     else:
         automatic, why = ("looped", refusal) if refusal else ("fused", "torch's kernel does the whole sequence")

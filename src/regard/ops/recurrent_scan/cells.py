@@ -59,7 +59,7 @@ class LSTM:
             return F.linear(x, weights["weight_ih"], bias)
         a = F.linear(x, weights["weight_ih"])
         a = F.layer_norm(a, a.shape[-1:], weights["ln_ih.weight"], weights["ln_ih.bias"], EPS)
-        return a + weights["bias_ih"] + weights["bias_hh"] if "bias_ih" in weights else a
+        return a + (weights["bias_ih"] + weights["bias_hh"]) if "bias_ih" in weights else a
 
     def unpack(self, states: list[Tensor], gates: Tensor) -> dict[str, Tensor]:
         """The gates by name."""

@@ -1,4 +1,4 @@
-"""The loop as one opaque operator with a derivative of its own: gates, masks and options at a few small calls a step, any length when traced."""
+"""The loop as one opaque operator with its own derivative: gates, masks and options at a few small calls a step, of any length when traced."""
 
 from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
@@ -46,12 +46,12 @@ def _(
 
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     ctx.cell, _, state, params, mask = inputs
-    ctx.sizes, ctx.masked = (len(output), len(state), len(params)), mask is not None
+    ctx.sizes, ctx.masked = (len(output), len(state)), mask is not None
     ctx.save_for_backward(*output, *state, *params, *([mask] if ctx.masked else []))
 
 
 def _back(ctx: Any, grads: Sequence[Tensor | None]) -> tuple[Any, ...]:
-    outputs, states, params = ctx.sizes
+    outputs, states = ctx.sizes
     kept = list(ctx.saved_tensors)
     mask = kept.pop() if ctx.masked else None
     saved, state, weights = kept[:outputs], kept[outputs : outputs + states], kept[outputs + states :]
@@ -69,8 +69,6 @@ def _cost(cell: Any, a: Any, state: Any, params: Any, mask: Any, *args: Any, out
 
 
 @register_flop_formula(torch.ops.regard.recurrent_scan_backward)
-def _cost_backward(
-    cell: Any, grads: Any, saved: Any, state: Any, params: Any, mask: Any, *args: Any, out_shape: Any = None, **kwargs: Any
-) -> int:
+def _cost_backward(cell: Any, grads: Any, saved: Any, state: Any, params: Any, mask: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
     gates = saved[-1]
     return (6 if CELLS[cell].layer_norm else 4) * gates[0] * gates[1] * gates[2] * params[0][1]

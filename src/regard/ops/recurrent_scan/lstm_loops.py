@@ -1,7 +1,7 @@
 """The LSTM's loop forward and back, written out.
 
-The backward pass computes all that does not depend on later steps for the whole sequence at once; a step is then a few element-wise calls and one
-product, and the gradient of the recurrent weights is one product at the end.
+The backward pass computes all that does not depend on later steps for the whole sequence at once; a step is then a few element-wise calls
+and one product, and the gradient of the recurrent weights is one product at the end. Forward, the arithmetic is that of the reference, in order.
 """
 
 from collections.abc import Sequence
@@ -42,10 +42,7 @@ def lstm_forward(cell: LSTM, a: Tensor, state: Sequence[Tensor], params: Sequenc
                 i.addcmul_(c, w["peephole_i"])
         z[:, : -2 * width].sigmoid_()
         g.tanh_()
-        if cell.coupled:
-            torch.lerp(g, c, f, out=cs[t])
-        else:
-            torch.mul(f, c, out=cs[t]).addcmul_(first[0], g)
+        torch.mul(f, c, out=cs[t]).addcmul_(1 - f if cell.coupled else first[0], g)
         if cell.peephole:
             o.addcmul_(cs[t], w["peephole_o"])
         o.sigmoid_()
@@ -76,10 +73,7 @@ def lstm_backward(
     # Derivatives: of h by the pre-activation of o and by the normalised cell; of the cell by the other pre-activations.
     slopes = torch.cat((gates[..., : -2 * width] * (1 - gates[..., : -2 * width]), 1 - g * g, o * (1 - o)), -1)
     by_o, by_u = leaving * slopes[..., -width:], o * (1 - leaving * leaving)
-    if cell.coupled:
-        inner = torch.stack((c_before - g, 1 - f), 2)
-    else:
-        inner = torch.stack((g, c_before, first[0]), 2)
+    inner = torch.stack((c_before - g, 1 - f) if cell.coupled else (g, c_before, first[0]), 2)
     inner = inner * slopes[..., :-width].unflatten(-1, (-1, width))
     slopes.mul_(grad_gates)  # from here on: what the gates' own gradients add
     da = torch.empty_like(gates)
@@ -95,10 +89,7 @@ def lstm_backward(
             old_h, old_c = dh.masked_fill(real, 0.0), dc.masked_fill(real, 0.0)
             dh, dc = dh.masked_fill(~real, 0.0), dc.masked_fill(~real, 0.0)
         do = torch.addcmul(slopes[t, :, -width:], dh, by_o[t], out=da[t, :, -width:])
-        if norm_c:
-            dc = dc + norm_c.back(torch.mul(dh, by_u[t], out=du[t]), t)
-        else:
-            dc = torch.addcmul(dc, dh, by_u[t])
+        dc = dc + norm_c.back(torch.mul(dh, by_u[t], out=du[t]), t) if norm_c else torch.addcmul(dc, dh, by_u[t])
         if cell.peephole:
             dc = torch.addcmul(dc, do, w["peephole_o"])
         torch.addcmul(slopes[t, :, :-width].unflatten(-1, (-1, width)), dc[:, None], inner[t], out=parts[t, :, :-1])

@@ -18,10 +18,8 @@ def lstm_step(cell: LSTM, a: Tensor, state: Sequence[Tensor], params: Sequence[T
     *first, f, g, o = (a + z).chunk(3 if cell.coupled else 4, -1)
     f = torch.sigmoid(f + w["peephole_f"] * c if cell.peephole else f)
     g = torch.tanh(g)
-    if cell.coupled:
-        i = 1 - f
-    else:
-        i = torch.sigmoid(first[0] + w["peephole_i"] * c if cell.peephole else first[0])
+    seen = [i + w["peephole_i"] * c if cell.peephole else i for i in first]
+    i = torch.sigmoid(seen[0]) if seen else 1 - f
     c = f * c + i * g
     o = torch.sigmoid(o + w["peephole_o"] * c if cell.peephole else o)
     # What leaves the cell is normalised, what it keeps is not.

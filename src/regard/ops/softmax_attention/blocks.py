@@ -1,16 +1,16 @@
 """Softmax attention over a pattern that falls into dense pieces: exact, differentiable, and never N x N.
 
-A plan lists, for each group of heads, layers of pieces. A piece is one batched dense attention between a view of the queries and a view of the
-keys; the pieces of a layer share no query, layers share no (query, key) pair. Layers are merged by their log-sum-exp:
+A plan lists, for each group of heads, layers of pieces. A piece is one batched dense attention between a view of the queries and a view of
+the keys; the pieces of a layer share no query, layers share no (query, key) pair. Layers are merged by their log-sum-exp:
 
     lse = log sum_p e^lse_p,   out = sum_p e^(lse_p - lse) out_p
 
-The gradient of a piece needs only the merged numbers, P = e^(scores - lse) and dS = P * (dP - rowsum(dOut * out)), so nothing but q, k, v, out and
-lse is kept. It is a library operator: it traces as one node, whatever the length.
+The gradient of a piece needs only the merged numbers, P = e^(scores - lse) and dS = P * (dP - rowsum(dOut * out)), so nothing but q, k, v, out
+and lse is kept. It is one operator to torch.compile and torch.export, which therefore never see a length.
 """
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
@@ -50,7 +50,7 @@ class Rows:
 
 @dataclass(frozen=True)
 class Windows:
-    """`count` runs of `width` positions, one every `step` from `start`: (B count, H, width, d). `step` divides `width`; equal, they are blocks."""
+    """`count` runs of `width` positions, one every `step` from `start`: (B count, H, width, d). `step` divides `width`."""
 
     start: int
     count: int
@@ -168,10 +168,7 @@ def block_attend(
     return block_attention(q, k, v, key_mask, plan, json.dumps(options or {}), scale)[0].transpose(1, 2)
 
 
-@torch.library.custom_op("regard::block_attention", mutates_args=())
-def block_attention(
-    q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, plan: str, options: str, scale: float
-) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, plan: str, options: str, scale: float) -> tuple[Tensor, Tensor]:
     """On (B, N, H, d); also returns the log-sum-exp, (B, N, H), 0 for a query without any key."""
     (b, n, h, d), todo = q.shape, _plan(plan, options, q.shape[1], q.shape[2])
     valid = _valid(key_mask, q, todo)
@@ -190,8 +187,7 @@ def block_attention(
     return out, lse
 
 
-@torch.library.custom_op("regard::block_attention_backward", mutates_args=())
-def block_attention_backward(
+def _backward(
     grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None, plan: str, options: str, scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     (b, n, h, d), todo = q.shape, _plan(plan, options, q.shape[1], q.shape[2])
@@ -202,7 +198,7 @@ def block_attention_backward(
         for heads, layers in todo.groups:
             part = [x[:, :, heads] for x in whole]
             seen = None if valid is None else valid[some, :, heads]
-            totals = [torch.zeros(part[0].shape, dtype=q.dtype, device=q.device) for _ in range(3)]
+            totals = [torch.zeros(part[0].shape, dtype=lse.dtype, device=q.device) for _ in range(3)]
             for piece in (piece for layer in layers for piece in layer.pieces):
                 views = [view.take(x) for view, x in zip((piece.queries, piece.keys, piece.keys) + (piece.queries,) * 3, part, strict=True)]
                 given = _gradients(*views, _allowed(piece, seen, q.device), piece.causal, scale)
@@ -292,21 +288,10 @@ def _gradients(
     """What one piece adds to the gradients of its q, k, v, given the merged output and log-sum-exp."""
     bias = _bias(mask, q.dtype)
     if _dispatch.on_cpu(q):
-        # The kernel reads the log-sum-exp in its own layout, whatever the strides say.
-        lse = lse[..., 0].transpose(1, 2).contiguous().transpose(1, 2)
-        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse, 0.0, causal, attn_mask=bias, scale=scale)
+        return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse[..., 0], 0.0, causal, attn_mask=bias, scale=scale)
     weights = (_scores(q, k, bias, causal, scale) - lse).exp()
     change = (weights * ((grad @ v.mT).to(weights.dtype) - (grad * out).sum(-1, keepdim=True, dtype=weights.dtype)) * scale).to(q.dtype)
     return change @ k, change.mT @ q, weights.to(q.dtype).mT @ grad
-
-
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    q, k, v, key_mask, *ctx.rest = inputs
-    ctx.save_for_backward(q, k, v, *output, key_mask)
-
-
-def _backward(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *block_attention_backward(grad, *ctx.saved_tensors, *ctx.rest), None, None, None, None
 
 
 def _fold(function: Callable[..., tuple[Tensor, ...]], tensors: int) -> Callable[..., Any]:
@@ -315,7 +300,7 @@ def _fold(function: Callable[..., tuple[Tensor, ...]], tensors: int) -> Callable
     def rule(info: Any, in_dims: tuple[int | None, ...], *args: Any) -> Any:
         size = info.batch_size
         given = [
-            x if x is None else (x.unsqueeze(0).expand(size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
+            x if x is None else (x.expand(size, *x.shape) if axis is None else x.movedim(axis, 0)).flatten(0, 1)
             for x, axis in zip(args[:tensors], in_dims, strict=False)
         ]
         results = tuple(x.unflatten(0, (size, -1)) for x in function(*given, *args[tensors:]))
@@ -328,13 +313,34 @@ def _count(q: Any, k: Any, v: Any, key_mask: Any, plan: str, options: str, scale
     """What the pieces multiply, counted on one sample without data."""
     one = torch.empty((1, *q.shape[1:]), device="meta")
     with FlopCounterMode(display=False) as counter:
-        block_attention._init_fn(one, one, one, None, plan, options, scale)
+        _forward(one, one, one, None, plan, options, scale)
     return q.shape[0] * counter.get_total_flops()
 
 
-block_attention.register_fake(lambda q, *_: (torch.empty_like(q, memory_format=torch.contiguous_format), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))))
-block_attention_backward.register_fake(lambda grad, q, *_: tuple(q.new_empty(q.shape) for _ in range(3)))
-block_attention.register_autograd(_backward, setup_context=_keep)
+block_attention = torch.library.custom_op("regard::block_attention", _forward, mutates_args=())
+block_attention_backward = torch.library.custom_op("regard::block_attention_backward", _backward, mutates_args=())
+
+
+@block_attention.register_fake
+def _(q: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape[:3], dtype=torch.promote_types(q.dtype, torch.float32))
+
+
+@block_attention_backward.register_fake
+def _(grad: Tensor, q: Tensor, *_: Any) -> tuple[Tensor, Tensor, Tensor]:
+    return q.new_empty(q.shape), q.new_empty(q.shape), q.new_empty(q.shape)
+
+
+def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
+    q, k, v, key_mask, *ctx.options = inputs
+    ctx.save_for_backward(q, k, v, *output, key_mask)
+
+
+def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
+    return *block_attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+block_attention.register_autograd(_differentiate, setup_context=_keep)
 block_attention.register_vmap(_fold(block_attention, 4))
 block_attention_backward.register_vmap(_fold(block_attention_backward, 7))
 register_flop_formula(torch.ops.regard.block_attention, get_raw=True)(_count)

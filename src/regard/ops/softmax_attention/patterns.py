@@ -12,6 +12,7 @@ and j <= i where causal. Heads use both factors ("merged"), A0 and A1 in turn ("
 import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
@@ -46,7 +47,8 @@ class SparsePattern:
         require(self.kind in KINDS, "pattern={!r} is not one of {}", self.kind, KINDS)
         require(self.head_mode in MODES, "head_mode={!r} is not one of {}", self.head_mode, MODES)
         require(self.stride is None or self.stride >= 1, "stride={} must be at least 1, or None for ceil(sqrt(N))", self.stride)
-        require(min(self.summary, self.num_stripes) >= 1, "summary={} and num_stripes={} must be at least 1", self.summary, self.num_stripes)
+        least = min(self.summary, self.num_stripes)
+        require(least >= 1, "summary={} and num_stripes={} must be at least 1", self.summary, self.num_stripes)
         require(self.layer_index >= 0, "layer_index={} must not be negative", self.layer_index)
         fits = self.kind != "fixed" or self.stride is None or self.summary * self.num_stripes <= self.stride
         require(fits, "summary={} times num_stripes={} must be at most stride={}", self.summary, self.num_stripes, self.stride)
@@ -117,8 +119,8 @@ def sparse_pattern(
     device: torch.device | str | None = None,
 ) -> Tensor:
     """The pairs that sparse attention allows, boolean (num_heads, n, n), True = may be attended."""
-    device = torch.device(device) if isinstance(device, str) else device
-    return SparsePattern(pattern, stride, summary, num_stripes, head_mode, layer_index, causal).mask(n, num_heads, device).expand(num_heads, n, n)
+    allowed = SparsePattern(pattern, stride, summary, num_stripes, head_mode, layer_index, causal)
+    return allowed.mask(n, num_heads, None if device is None else torch.device(device)).expand(num_heads, n, n)
 
 
 def sparse_attend(
@@ -161,7 +163,13 @@ def sparse_attend(
 
 
 def sparse_weights(
-    q: Tensor, k: Tensor, pattern: SparsePattern, *, scale: float | None = None, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
+    q: Tensor,
+    k: Tensor,
+    pattern: SparsePattern,
+    *,
+    scale: float | None = None,
+    key_mask: Tensor | None = None,
+    attn_mask: Tensor | None = None,
 ) -> Tensor:
     """The weights `sparse_attend` uses, dense: (B, H, N, N)."""
     keys = None if key_mask is None else key_mask[:, None, None]
@@ -206,7 +214,10 @@ def sparse(n: int, num_heads: int, **options: object) -> Plan:
     return Plan(rows, pattern.causal, tuple(groups))
 
 
-def _masked(pattern: SparsePattern, factors: tuple[str, ...], i: range, j: range, period: int, heads: range) -> Callable[[torch.device], Tensor]:
+Mask: TypeAlias = Callable[[torch.device], Tensor]
+
+
+def _masked(pattern: SparsePattern, factors: tuple[str, ...], i: range, j: range, period: int, heads: range) -> Mask:
     """The mask of a piece: A0, less what A1 holds if both are used."""
 
     def mask(device: torch.device) -> Tensor:
@@ -218,7 +229,7 @@ def _masked(pattern: SparsePattern, factors: tuple[str, ...], i: range, j: range
 
 
 def _band(pattern: SparsePattern, factors: tuple[str, ...], period: int, reach: int, windows: int) -> Layer:
-    """|i - j| < period: the first `reach` queries, then windows of STEP queries, which see `reach` keys before (and, not causal, after) them."""
+    """|i - j| < period: the first `reach` queries, then STEP queries at a time with `reach` keys before (and, not causal, after) them."""
     after = 0 if pattern.causal else reach
     head = reach + (after if windows else 0)
     pieces = []
@@ -246,15 +257,15 @@ def _fixed(pattern: SparsePattern, factors: tuple[str, ...], period: int, count:
     group = -(-(count - 1) // PARTS)
     if "A1" in factors and count > 1:
         stops = [(first, min(first + group, count)) for first in range(1, count, group)]
-        pieces = [
-            Piece(Rows(a * period, b * period), Columns(period, b - 1, columns), _earlier(a, b, period, pattern.summary) if b - a > 1 else None)
-            for a, b in stops
-        ]
+        pieces = []
+        for a, b in stops:
+            mask = _earlier(a, b, period, pattern.summary) if b - a > 1 else None
+            pieces.append(Piece(Rows(a * period, b * period), Columns(period, b - 1, columns), mask))
         layers += (Layer(tuple(pieces), start=period),)
     return layers
 
 
-def _earlier(first: int, stop: int, period: int, summary: int) -> Callable[[torch.device], Tensor]:
+def _earlier(first: int, stop: int, period: int, summary: int) -> Mask:
     """Queries of blocks first..stop against the summaries of blocks 0..stop - 1: those of earlier blocks."""
 
     def mask(device: torch.device) -> Tensor:

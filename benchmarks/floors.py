@@ -1,0 +1,205 @@
+"""Our modules beside public forms of the same mechanism, in one run: same weights, outputs found equal first, then time and peak memory.
+
+    python benchmarks/floors.py                     # all cases, some minutes on two quiet cores; writes docs/measured/floors.csv and its README
+    python benchmarks/floors.py se halo --dry       # these ids, printed alone
+
+Times are medians of interleaved rounds (ours, peer, ours, peer, ...) of wall milliseconds. Memory is the peak of the allocator's events during
+one pass beyond what was there before, scratch space inside operators included. `floor` is the factor this project holds itself to, `target` one
+that nobody has reached yet.
+"""
+
+import argparse
+import csv
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+import regard
+from regard.workbench.measure import calibrate, cpu_name
+
+sys.path.insert(0, str(Path(__file__).parent))
+from peers import PEERS
+
+MEASURED = Path(__file__).parents[1] / "docs" / "measured"
+MAPS = ((4, 64, 56, 56), (4, 256, 28, 28))
+
+
+@dataclass(frozen=True)
+class Case:
+    """One comparison: what to build, on what, and the factors to reach (forward, forward + backward, peak memory of the latter)."""
+
+    id: str
+    options: dict[str, object]
+    shape: tuple[int, ...]
+    floor_forward: float | None = None
+    floor_both: float | None = None
+    floor_memory: float | None = None
+    target_both: float | None = None
+    training: bool = True
+
+
+def cases() -> list[Case]:
+    halo = {"num_heads": 8, "block_size": 7, "halo_size": 3}
+    tokens = {"dim": 256, "num_heads": 8}
+    out = [Case("se", {}, s, floor_both=1.8) for s in MAPS]
+    out += [Case("eca", {}, s, target_both=1.5) for s in MAPS]
+    out += [Case("cbam", {}, s, target_both=1.5) for s in MAPS]
+    out += [Case("gc", {"zero_init": False}, s, floor_forward=1.6) for s in MAPS]
+    out += [Case("non_local", {"zero_init": False}, MAPS[0], floor_both=2.0, floor_memory=15.0), Case("non_local", {"zero_init": False}, MAPS[1])]
+    out += [Case("criss_cross", {"recurrence": 1}, s, target_both=1.3) for s in MAPS]
+    out += [Case("halo", halo, s, floor_forward=1.7, floor_both=1.0, target_both=2.0) for s in MAPS]
+    out += [Case("carafe", {}, s, floor_both=5.0, floor_memory=3.0) for s in MAPS]
+    out += [Case("sparse", {**tokens, "stride": 64}, (2, 4096, 256), floor_both=4.0), Case("sparse", {**tokens, "stride": 64}, (2, 1024, 256))]
+    out += [Case("multi_head", tokens, (2, n, 256), floor_forward=f, training=False) for n, f in ((1024, None), (4096, 2.0))]
+    out += [Case(id, {**tokens, **extra}, (2, n, 256)) for id, extra in (("luna", {"memory_len": 128}), ("performer", {}), ("efficient", {})) for n in (1024, 4096)]
+    out += [Case("lstm_cell", {"input_size": 256, "hidden_size": 256}, (8, 256, 256))]
+    return out
+
+
+@dataclass(frozen=True)
+class Row:
+    """What one comparison of one pass gave."""
+
+    id: str
+    peer: str
+    size: str
+    run: str
+    ours_ms: float
+    peer_ms: float
+    faster: float
+    ours_mb: float
+    peer_mb: float
+    leaner: float
+    floor: str
+    held: str
+
+
+def first(result: object) -> Tensor:
+    return result if isinstance(result, Tensor) else first(result[0])  # type: ignore[index]
+
+
+def measure(case: Case, seconds: float) -> Iterator[Row]:
+    torch.manual_seed(0)
+    ours = regard.create(case.id, **({"channels": case.shape[1]} if len(case.shape) == 4 else {}), **case.options)
+    for parameter in ours.parameters():  # a zero gain would hide a difference
+        if parameter.numel() == 1:
+            parameter.data.fill_(0.5)
+    x = torch.randn(case.shape)
+    for name, build in PEERS[case.id].items():
+        peer = build(ours)
+        models = (ours.train(case.training), peer.train(case.training))
+        outputs = [first(model(x)) for model in models]
+        torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5 * outputs[1].abs().max().item())
+        cotangent = torch.randn_like(outputs[0])
+        del outputs
+        passes: dict[str, Callable[[nn.Module], None]] = {"forward": lambda model: forward(model, x)}
+        if case.training:
+            passes["forward+backward"] = lambda model, cotangent=cotangent: both(model, x, cotangent)
+        for run, call in passes.items():
+            times = interleaved([lambda model=model, call=call: call(model) for model in models], seconds)
+            peaks = [peak_mb(lambda model=model, call=call: call(model)) for model in models]
+            faster, leaner = times[1] / times[0], peaks[1] / peaks[0]
+            floor = case.floor_forward if run == "forward" else case.floor_both
+            memory = case.floor_memory if run != "forward" else (20.0 if case.id == "multi_head" and case.shape[1] == 4096 else None)
+            wanted = [f"{floor:g}x" if floor else "", f"memory {memory:g}x" if memory else ""]
+            wanted.append(f"target {case.target_both:g}x" if case.target_both and run != "forward" else "")
+            met = "" if not (floor or memory) else ("yes" if faster >= (floor or 0) and leaner >= (memory or 0) else "no")
+            size = "x".join(map(str, case.shape))
+            yield Row(case.id, name, size, run, times[0], times[1], faster, peaks[0], peaks[1], leaner, ", ".join(filter(None, wanted)), met)
+
+
+def forward(model: nn.Module, x: Tensor) -> None:
+    with torch.no_grad():
+        model(x)
+
+
+def both(model: nn.Module, x: Tensor, cotangent: Tensor) -> None:
+    x = x.detach().requires_grad_()
+    wanted = [p for p in model.parameters() if p.requires_grad]
+    torch.autograd.grad(first(model(x)), [x, *wanted], cotangent, allow_unused=True)
+
+
+def interleaved(calls: list[Callable[[], None]], seconds: float) -> list[float]:
+    """Median milliseconds of each call."""
+    times: list[list[float]] = [[] for _ in calls]
+    for call in calls:
+        call()
+    start = time.perf_counter()
+    while len(times[0]) < 7 or (time.perf_counter() - start < seconds and len(times[0]) < 400):
+        for call, found in zip(calls, times, strict=True):
+            begin = time.perf_counter()
+            call()
+            found.append(1e3 * (time.perf_counter() - begin))
+    return [statistics.median(found) for found in times]
+
+
+def peak_mb(call: Callable[[], None]) -> float:
+    """Megabytes alive at most at a time during the call, by the allocator's events."""
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        call()
+    live = most = 0
+    events = profiler.profiler.kineto_results.events()  # pyright: ignore
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    return most / 1e6
+
+
+def write(rows: list[Row], about: str) -> None:
+    MEASURED.mkdir(parents=True, exist_ok=True)
+    temporary = MEASURED / "floors.csv.tmp"
+    with temporary.open("w", newline="") as file:
+        writer = csv.writer(file, lineterminator="\n")
+        writer.writerow([f.name for f in fields(Row)])
+        for row in rows:
+            writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in asdict(row).values()])
+    os.replace(temporary, MEASURED / "floors.csv")
+    lines = ["| id | beside | size | pass | ours ms | its ms | faster | ours MB | its MB | leaner | floor | held |", "| --- " * 12 + "|"]
+    for r in rows:
+        cells = (r.id, r.peer, r.size, r.run, f"{r.ours_ms:.3g}", f"{r.peer_ms:.3g}", f"**{r.faster:.2f}x**", f"{r.ours_mb:.3g}", f"{r.peer_mb:.3g}")
+        lines.append("| " + " | ".join((*cells, f"{r.leaner:.2f}x", r.floor, r.held)) + " |")
+    text = (MEASURED / "floors.head.md").read_text() if (MEASURED / "floors.head.md").exists() else "# Measured\n"
+    temporary = MEASURED / "README.tmp"
+    temporary.write_text(f"{text}\n{about}\n\n" + "\n".join(lines) + "\n")
+    os.replace(temporary, MEASURED / "README.md")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
+    parser.add_argument("ids", nargs="*", help="ids to measure; all if none")
+    parser.add_argument("--seconds", type=float, default=3.0, help="for each pass of each case")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--dry", action="store_true", help="print, write nothing")
+    options = parser.parse_args()
+    torch.set_num_threads(options.threads)
+    rates = calibrate(torch.device("cpu"))
+    about = (
+        f"`python benchmarks/floors.py` on {cpu_name()}, {options.threads} threads, torch {torch.__version__}, "
+        f"{time.strftime('%Y-%m-%d', time.gmtime())}; this run's matrix products {rates.gflops:.0f} GFLOP/s, copies {rates.gbytes:.0f} GB/s, "
+        f"load {os.getloadavg()[0]:.1f} at the start."
+    )
+    print(about)
+    rows = []
+    for case in cases():
+        if options.ids and case.id not in options.ids:
+            continue
+        for row in measure(case, options.seconds):
+            rows.append(row)
+            print(
+                f"{row.id:12} {row.peer:22} {row.size:12} {row.run:17} {row.ours_ms:9.3f} {row.peer_ms:9.3f} ms {row.faster:6.2f}x"
+                f" {row.ours_mb:8.1f} {row.peer_mb:8.1f} MB {row.leaner:6.2f}x  {row.floor:24} {row.held}",
+                flush=True,
+            )
+    if not options.dry:
+        write(rows, about)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,26 @@
+"""The layers hold, and the contract would notice if they did not."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[1]
+LINT = [str(Path(sys.executable).parent / "lint-imports"), "--no-cache"]
+
+
+def test_layers_hold() -> None:
+    done = subprocess.run(LINT, cwd=ROOT, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_planted_imports_are_caught(tmp_path: Path) -> None:
+    shutil.copytree(ROOT / "src" / "regard", tmp_path / "regard", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(ROOT / ".importlinter", tmp_path)
+    (tmp_path / "regard" / "ops" / "planted.py").write_text("from ..registry import create\n")
+    with (tmp_path / "regard" / "mechanisms" / "sequence" / "multi_head.py").open("a") as file:
+        file.write("\nfrom ..channel import se\n")
+    done = subprocess.run(LINT, cwd=tmp_path, capture_output=True, text=True, env={"PYTHONPATH": str(tmp_path), "PATH": ""})
+    assert done.returncode == 1
+    assert "Layers: each imports only what stands below it BROKEN" in done.stdout
+    assert "Mechanisms do not import one another BROKEN" in done.stdout
