@@ -74,8 +74,8 @@ class TimmCBAM(nn.Module):
         self.fc2 = nn.Conv2d(ours.hidden_channels, ours.channels, 1, bias=ours.bias)
         self.conv = nn.Conv2d(2, 1, ours.kernel_size, padding=ours.kernel_size // 2, bias=False)
         self.bn = nn.BatchNorm2d(1, momentum=0.01)
-        state = to_official(ours, "timm")
-        self.load_state_dict({name.split(".", 1)[1].replace("conv.conv", "conv").replace("conv.bn", "bn"): value for name, value in state.items()})
+        state = {name.split(".", 1)[1]: value for name, value in to_official(ours, "timm").items()}
+        self.load_state_dict({name.replace("conv.conv", "conv").replace("conv.bn", "bn"): value for name, value in state.items()})
 
     def _mlp(self, pooled: Tensor) -> Tensor:
         return self.fc2(F.relu(self.fc1(pooled)))

@@ -44,7 +44,7 @@ class Scale(nn.Module):
 
 
 def outside(model: nn.Module) -> dict[str, Tensor]:
-    return {k: v for k, v in model.state_dict().items() if ".slot." not in k and not k.split(".")[-2:-1] == ["norm"]}
+    return {k: v for k, v in model.state_dict().items() if ".slot." not in k and k.split(".")[-2:-1] != ["norm"]}
 
 
 @pytest.mark.parametrize(

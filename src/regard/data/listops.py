@@ -38,9 +38,7 @@ def listops(length: int, *, train: int = 8000, test: int = 1000, shortest: int |
     tries = 0
     while len(found) < train + test:
         tries += 1
-        require(
-            tries < 1000 * (train + test), "listops: too few different expressions of {} to {} tokens; widen the range", shortest, length
-        )
+        require(tries < 1000 * (train + test), "listops: too few different expressions of {} to {} tokens; widen the range", shortest, length)
         tokens: list[int] = []
         answer = _grow(draw, tokens, length, depth=1, root=True)
         if answer is not None and shortest <= len(tokens) <= length:

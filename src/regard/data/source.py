@@ -54,8 +54,7 @@ def corpus(root: str | None = None) -> Corpus:
             break
     require(
         len(found) >= 2,
-        "task 'source': {} holds the source of {} packages, at least 2 are needed; use a Python that ships its standard library as .py "
-        "files",
+        "task 'source': {} holds the source of {} packages, at least 2 are needed; use a Python that ships its standard library as .py files",
         base,
         len(found),
     )
@@ -72,9 +71,7 @@ def corpus(root: str | None = None) -> Corpus:
 
 def _read(base: Path, package: str, seen: set[bytes]) -> list[tuple[str, bytes]]:
     """(name, content) of the package's modules, without its tests, in the order of the hashes of their names."""
-    paths = [
-        p for p in sorted((base / package).rglob("*.py")) if not any("test" in part for part in p.relative_to(base / package).parts[:-1])
-    ]
+    paths = [p for p in sorted((base / package).rglob("*.py")) if not any("test" in part for part in p.relative_to(base / package).parts[:-1])]
     files = []
     for path in paths:
         content = path.read_bytes()

@@ -4,7 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from ..errors import require
-from ..ops.channel_gate import position_max, position_mean
+from ..ops.squeeze import position_max, position_mean
 from ..validate import check_option
 from .gates import activation
 from .norm import Norm, check_batch_statistics, make_norm

@@ -24,8 +24,8 @@ MATTERS = {
     "tokens": ("causal", "cross", "key_mask", "attn_mask", "weights", "linear", "step"),
     "map": ("any_dims", "weights", "linear"),
 }
-# Words for the width of the input; both are given where a constructor has two.
-WIDTHS = ("dim", "channels", "input_size", "hidden_size")
+# The constructors' words for the width of their input; a recurrent cell has two.
+WIDTHS = {"tokens": ("dim", "input_size", "hidden_size"), "map": ("channels",)}
 
 
 @dataclass(frozen=True)
@@ -68,40 +68,38 @@ class Candidate:
         needed = [p for p in arguments if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
         return any(layout in FITS[host] for layout in (self.card.layout, *self.card.also)) and len(needed) == 1
 
-    def lent(self, width: int, setting: Setting) -> dict[str, Any]:
-        """The constructor's arguments besides the user's options."""
+    def lent(self, setting: Setting) -> dict[str, Any]:
+        """The constructor's arguments besides the width and the user's options."""
         if self.kind is None:
             return {}
         parameters = inspect.signature(self.kind.__init__).parameters
-        names = [name for name in parameters if name != "self"]
-        values: dict[str, Any] = {}
-        if self.card is not None:
-            values = {name: width for name in WIDTHS if name in names}
-        if not values and names:
-            values = {names[0]: width}
-        if "num_heads" in names and width % setting.num_heads == 0:
-            values["num_heads"] = setting.num_heads
-        if "causal" in names:
-            values["causal"] = setting.causal
-        if "layout" in names:
-            values["layout"] = "map" if setting.host == "map" else "sequence"
-        if "max_len" in names and setting.host == "tokens":
+        values: dict[str, Any] = {
+            "num_heads": setting.num_heads,
+            "causal": setting.causal,
+            "layout": "map" if setting.host == "map" else "sequence",
+        }
+        if "max_len" in parameters and parameters["max_len"].default is inspect.Parameter.empty:
             values["max_len"] = setting.longest
-        return {name: value for name, value in values.items() if name not in self.options}
+        return {name: value for name, value in values.items() if name in parameters and name not in self.options}
+
+    def sizes(self, width: int, setting: Setting) -> dict[str, int]:
+        """The width under the constructor's words for it; its first argument where it uses none of ours."""
+        assert self.kind is not None
+        names = [name for name in inspect.signature(self.kind.__init__).parameters if name != "self"]
+        known = [name for name in WIDTHS[setting.host] if name in names] if self.card is not None else []
+        return {name: width for name in known or names[:1] if name not in self.options}
 
     def make(self, width: int, setting: Setting) -> nn.Module | None:
         """The module for one slot."""
         if self.kind is None:
             return None
-        arguments = {**self.lent(width, setting), **self.options}
+        arguments = {**self.sizes(width, setting), **self.lent(setting), **self.options}
         if self.id is not None:
             return registry.create(self.id, **arguments)
         try:
             inspect.signature(self.kind).bind(**arguments)
         except TypeError as error:
-            raise RegardTypeError(
-                f"candidate {self.name!r}: {error}; its constructor takes the width first, then the options given"
-            ) from None
+            raise RegardTypeError(f"candidate {self.name!r}: {error}; its constructor takes the width first, then the options given") from None
         return self.kind(**arguments)
 
 

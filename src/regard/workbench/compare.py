@@ -94,9 +94,7 @@ def compare(config: CompareConfig, console: Console) -> Summary:
         return _carry_out(found, records, console)
     except KeyboardInterrupt:
         records.release()
-        console.print(
-            f"Stopped. Everything finished is kept; go on with: {_command(dataclasses.replace(config, resume=True))}", style="yellow"
-        )
+        console.print(f"Stopped. Everything finished is kept; go on with: {_command(dataclasses.replace(config, resume=True))}", style="yellow")
         raise SystemExit(130) from None
     finally:
         records.close()
@@ -403,11 +401,7 @@ def _carry_out(made: Plan, records: Records, console: Console) -> Summary:
         carrier.phase(
             "training",
             # Seed by seed, so that an interrupted run has something of every candidate.
-            [
-                _Work(_key("trial", c.name, n, s), query, (c.name, n, s), carrier.trial(c, n, s))
-                for s in range(config.seeds)
-                for c, n in pairs
-            ],
+            [_Work(_key("trial", c.name, n, s), query, (c.name, n, s), carrier.trial(c, n, s)) for s in range(config.seeds) for c, n in pairs],
         )
         query = "select 1 from counts where candidate = ? and length = ?"
         costs = [(candidate, length) for length in made.cost_lengths for candidate in made.candidates]
@@ -495,8 +489,8 @@ def _notes(made: Plan, records: Records, machine: Machine) -> list[str]:
 
 def _facts(made: Plan, candidate: Candidate) -> dict[str, Any]:
     """What the summary says of a candidate besides its results."""
-    card, width = candidate.card, int(made.options["width" if made.host == "map" else "dim"])
-    lent = candidate.lent(width, made.trial(candidate, made.lengths[0]).setting())
+    card = candidate.card
+    lent = candidate.lent(made.trial(candidate, made.lengths[0]).setting())
     if card is not None:
         title = card.paper.title
         first = card.paper.authors.replace(" and ", ",").split(",")
@@ -508,7 +502,7 @@ def _facts(made: Plan, candidate: Candidate) -> dict[str, Any]:
         "title": title,
         "paper": paper,
         "checked_against": card.checked_against if card is not None else "",
-        "options": {**{k: v for k, v in lent.items() if k not in candidates_module.WIDTHS and v != width}, **candidate.options},
+        "options": {**lent, **candidate.options},
         "parameters": _parameters(made, candidate),
         "cannot": list(candidates_module.cannot(candidate, made.host)),
     }

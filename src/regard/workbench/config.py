@@ -72,9 +72,7 @@ class Budget:
 def parse_budget(text: str) -> Budget:
     """ "60s", "1.5m", "500steps" or "20000ex"."""
     found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*(s|m|steps|ex)", text.strip())
-    require(
-        found is not None, "budget={!r} is not understood; use seconds (60s), minutes (2m), steps (500steps) or examples (20000ex)", text
-    )
+    require(found is not None, "budget={!r} is not understood; use seconds (60s), minutes (2m), steps (500steps) or examples (20000ex)", text)
     assert found is not None
     amount, unit = float(found[1]), found[2]
     if unit == "m":
@@ -90,9 +88,7 @@ def parse_options(text: str, owner: str) -> dict[str, Any]:
     for part in re.split(r",(?=\s*\w+\s*=)", text):
         key, equals, value = part.partition("=")
         key = key.strip()
-        require(
-            bool(equals) and key.isidentifier(), "{!r}: {!r} is not an option; write key=value, several with commas between", owner, part
-        )
+        require(bool(equals) and key.isidentifier(), "{!r}: {!r} is not an option; write key=value, several with commas between", owner, part)
         require(key not in options, "{!r}: the option {} is given twice", owner, key)
         try:
             options[key] = ast.literal_eval(value.strip())

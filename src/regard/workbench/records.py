@@ -70,9 +70,7 @@ class Records:
                 raise
             self._db.execute("commit")
         except sqlite3.OperationalError as error:
-            raise RegardError(
-                f"writing {self.path} failed: {error}; what was finished before is kept, free some space and use --resume"
-            ) from error
+            raise RegardError(f"writing {self.path} failed: {error}; what was finished before is kept, free some space and use --resume") from error
 
     def fact(self, name: str) -> Any:
         """A stored value, or None."""
@@ -120,13 +118,9 @@ class Records:
 
     def plan(self, candidate: str, length: int) -> tuple[int, float | None] | None:
         """(steps, seconds a step) of a candidate's trainings."""
-        return self._db.execute(
-            "select steps, seconds_per_step from plans where candidate = ? and length = ?", (candidate, length)
-        ).fetchone()
+        return self._db.execute("select steps, seconds_per_step from plans where candidate = ? and length = ?", (candidate, length)).fetchone()
 
-    def save_trial(
-        self, work: str, result: TrialResult, *, seconds: float | None, parameters: int | None, picture: dict[str, Any] | None
-    ) -> None:
+    def save_trial(self, work: str, result: TrialResult, *, seconds: float | None, parameters: int | None, picture: dict[str, Any] | None) -> None:
         """Store one finished trial, its curve and its picture together."""
         key = (result.candidate, result.length, result.seed)
         with self._write() as db:
@@ -176,9 +170,7 @@ class Records:
 
     def save_count(self, work: str, candidate: str, length: int, batch: int, counted: tuple[float, int, int] | None, reason: str) -> None:
         with self._write() as db:
-            db.execute(
-                "insert or replace into counts values (?, ?, ?, ?, ?, ?, ?)", (candidate, length, batch, *(counted or (None,) * 3), reason)
-            )
+            db.execute("insert or replace into counts values (?, ?, ?, ?, ?, ?, ?)", (candidate, length, batch, *(counted or (None,) * 3), reason))
             db.execute("delete from claims where work = ?", (work,))
 
     def count(self, candidate: str, length: int) -> tuple[int, float, int, int, str] | None:

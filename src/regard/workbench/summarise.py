@@ -30,8 +30,7 @@ Sequence[int],
     reference = next((name for name, facts in known.items() if facts["id"] == REFERENCE), None)
     base = _times(costs[reference]) if reference else {}
     pictures = [
-        AttentionPicture(name, p["caption"], _rows(p["weights"]), _rows(p["image"]) if p["image"] else None)
-        for name, p in records.pictures().items()
+        AttentionPicture(name, p["caption"], _rows(p["weights"]), _rows(p["image"]) if p["image"] else None) for name, p in records.pictures().items()
     ]
     return Summary(
         title=title,
@@ -67,9 +66,7 @@ def _rows(matrix: Sequence[Sequence[float]]) -> tuple[tuple[float, ...], ...]:
     return tuple(tuple(row) for row in matrix)
 
 
-def _candidate(
-    name: str, facts: dict[str, Any], trials: Sequence[TrialResult], costs: tuple[Cost, ...], base: dict[int, float]
-) -> CandidateSummary:
+def _candidate(name: str, facts: dict[str, Any], trials: Sequence[TrialResult], costs: tuple[Cost, ...], base: dict[int, float]) -> CandidateSummary:
     good = [trial for trial in trials if trial.status == "ok" and trial.metric is not None]
     lengths = sorted({trial.length for trial in good})
     at = [cost.length for cost in costs]
@@ -84,9 +81,7 @@ def _candidate(
         name=name,
         **facts,
         score={n: estimate([t.metric for t in good if t.length == n and t.metric is not None]) for n in lengths},
-        examples_per_second={
-            n: estimate([t.examples_per_second for t in good if t.length == n and t.examples_per_second]) for n in lengths
-        },
+        examples_per_second={n: estimate([t.examples_per_second for t in good if t.length == n and t.examples_per_second]) for n in lengths},
         costs=costs,
         time_exponent=growth(at, [cost.latency_ms for cost in costs]),
         memory_exponent=growth(at, [cost.peak_bytes for cost in costs]),

@@ -19,6 +19,7 @@ from collections.abc import Callable
 from functools import cache
 from typing import Any
 
+START_LIMIT = 300.0  # seconds until the worker has imported torch, on a busy machine
 Progress = Callable[[int, float, float | None], None]
 
 
@@ -46,6 +47,10 @@ class Worker:
         """
         if self._process is None:
             self._start()
+            self._talk({"setup": self.setup}, START_LIMIT, None)
+        return self._talk(request, limit, progress)
+
+    def _talk(self, request: dict[str, Any], limit: float, progress: Progress | None) -> Any:
         deadline = time.monotonic() + limit
         try:
             self._send(request)
@@ -91,8 +96,6 @@ class Worker:
         )
         os.close(read_requests)
         os.close(write_answers)
-        with contextlib.suppress(BrokenPipeError):
-            self._send({"setup": self.setup})
 
     def _send(self, message: dict[str, Any]) -> None:
         data = json.dumps(message).encode() + b"\n"
@@ -151,6 +154,7 @@ def main() -> None:
             try:
                 if "setup" in request:
                     bench = Bench(request["setup"])
+                    say({"result": None})
                     continue
                 assert bench is not None
                 say({"result": bench.answer(request, lambda step, loss, metric: say({"progress": [step, loss, metric]}))})
@@ -162,12 +166,7 @@ def reason(error: Exception) -> str:
     """One line that a reader of the report understands."""
     text = " ".join(str(error).split())
     low = text.lower()
-    if (
-        type(error).__name__ == "OutOfMemoryError"
-        or isinstance(error, MemoryError)
-        or "can't allocate memory" in low
-        or "out of memory" in low
-    ):
+    if type(error).__name__ == "OutOfMemoryError" or isinstance(error, MemoryError) or "can't allocate memory" in low or "out of memory" in low:
         return f"out of memory: {text[:200]}"
     return f"{type(error).__name__}: {text}"[:500]
 

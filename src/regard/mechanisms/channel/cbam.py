@@ -18,7 +18,7 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
-from ...ops.channel_gate import channel_max, channel_mean, scale
+from ...ops.squeeze import channel_max, channel_mean
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
 from ...parts.squeeze import BottleneckMLP, hidden_width, pool_global, unsqueeze_like
 from ...validate import check_map, check_option
@@ -124,7 +124,7 @@ class ConvolutionalBlockAttention(Mechanism):
     ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
         """(B, C, H, W) -> the same, or that and the gates (B, C, 1, 1) and (B, 1, H, W), None without a spatial gate."""
         channel, gated, spatial = self._gates(x)
-        out = gated if spatial is None else scale(gated, spatial)
+        out = gated if spatial is None else gated * spatial
         return (out, (channel, spatial)) if return_weights else out
 
     def gate(self, x: Float[Tensor, "b channels h w"]) -> Tensor:
@@ -138,7 +138,7 @@ class ConvolutionalBlockAttention(Mechanism):
             check_batch_statistics(self.norm, x.shape[0] * x.shape[2] * x.shape[3], "one position of one sample", "spatial_norm")
         pooled = torch.stack([pool_global(x, pool) for pool in self.pools])
         channel = unsqueeze_like(torch.sigmoid(self.mlp(pooled).sum(0)), x)
-        gated = scale(x, channel)
+        gated = x * channel
         if not self.spatial:
             return channel, gated, None
         planes = torch.cat((channel_max(gated), channel_mean(gated)), 1)

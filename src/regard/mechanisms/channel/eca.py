@@ -21,7 +21,7 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap
-from ...ops.channel_gate import position_mean, scale
+from ...ops.squeeze import position_mean
 from ...parts.gates import gate_function
 from ...parts.squeeze import unsqueeze_like
 from ...validate import check_map, check_option
@@ -94,7 +94,7 @@ class EfficientChannelAttention(Mechanism):
     def forward(self, x: Float[Tensor, "b channels *space"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, *space) -> the same shape, or that and the gate (B, C, 1, ...)."""
         gate = self.gate(x)
-        out = scale(x, gate)
+        out = x * gate
         return (out, gate) if return_weights else out
 
     def gate(self, x: Float[Tensor, "b channels *space"]) -> Tensor:

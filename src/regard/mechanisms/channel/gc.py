@@ -18,7 +18,7 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
-from ...ops.channel_gate import attention_pool, position_mean, scale
+from ...ops.squeeze import attention_pool, position_mean
 from ...parts.norm import zero_init_
 from ...parts.squeeze import BottleneckMLP, hidden_width, unsqueeze_like
 from ...validate import check_map, check_option
@@ -52,13 +52,14 @@ class GlobalContext(Mechanism):
         source="xvjiarui/GCNet@029db54 (Apache-2.0)",
         summary="Pools the whole map by one attention and adds the transformed result to every position.",
         when="The effect of a non-local block at the price of squeeze-and-excitation; insertion that starts as the identity.",
-        flops="(4*B*channels*N if attends else 0) + 4*B*channels*hidden_channels*num_terms",
+        flops="(4*B*channels*N if pool == 'att' else 0) + 4*B*channels*hidden_channels*num_terms",
         grows={"N": 1.0},
-        can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "identity_start"}),
+        can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "identity_start", "gate"}),
+        unless={"weights": "pool == 'avg'", "gate": "fusion != ('mul',)", "identity_start": "not zero_init or 'mul' in fusion"},
         example={"channels": 16, "reduction": 4},
         variants=(
             {"channels": 12, "hidden_channels": 5, "fusion": ("mul", "add"), "zero_init": False},
-            {"channels": 8, "reduction": 2, "pool": "avg", "fusion": "mul", "zero_init": False},
+            {"channels": 8, "reduction": 2, "fusion": "mul"},
         ),
         place="A",
     )
@@ -102,9 +103,9 @@ class GlobalContext(Mechanism):
             check_option(term, ("mul", "add"), "fusion")
         self.channels, self.reduction, self.pool, self.fusion, self.zero_init = channels, reduction, pool, fusion, zero_init
         self.hidden_channels = hidden_width(channels, reduction, hidden_channels, least=2)
-        self.attends, self.num_terms = pool == "att", len(set(fusion))
+        self.num_terms = len(set(fusion))
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        if self.attends:
+        if pool == "att":
             self.mask = nn.Linear(channels, 1, **dd)
             nn.init.kaiming_normal_(self.mask.weight, mode="fan_in")
             nn.init.zeros_(self.mask.bias)
@@ -119,7 +120,7 @@ class GlobalContext(Mechanism):
         context, attention = self._context(x)
         out = x
         if self.mlp_mul is not None:
-            out = scale(out, unsqueeze_like(torch.sigmoid(self.mlp_mul(context)), x))
+            out = out * unsqueeze_like(torch.sigmoid(self.mlp_mul(context)), x)
         if self.mlp_add is not None:
             out = out + unsqueeze_like(self.mlp_add(context), x)
         return (out, attention) if return_weights else out
@@ -132,6 +133,6 @@ class GlobalContext(Mechanism):
 
     def _context(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         check_map(x, self.channels, None)
-        if self.attends:
+        if self.pool == "att":
             return attention_pool(x, self.mask.weight.squeeze(0), self.mask.bias)
         return position_mean(x), None

@@ -15,7 +15,6 @@ from torch import Tensor
 from ...card import Card, Paper
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise, rename
-from ...ops.channel_gate import scale
 from ...parts.gates import gate_function
 from ...parts.squeeze import BottleneckMLP, hidden_width, pool_global, unsqueeze_like
 from ...validate import check_map, check_option
@@ -83,7 +82,7 @@ class SqueezeExcitation(Mechanism):
     def forward(self, x: Float[Tensor, "b channels *space"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, *space) -> the same shape, or that and the gate (B, C, 1, ...)."""
         gate = self.gate(x)
-        out = scale(x, gate)
+        out = x * gate
         return (out, gate) if return_weights else out
 
     def gate(self, x: Float[Tensor, "b channels *space"]) -> Tensor:

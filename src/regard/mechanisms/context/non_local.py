@@ -26,7 +26,7 @@ from ...validate import check_map, check_option
 
 MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
 SOFTMAX = MODES[:2]
-_KEYS = "(N // (H*W) * (H//2) * (W//2) if sub_sample else N)"
+_KEYS = "((N//2 if dims == 1 else (H//2)*(W//2) if dims == 2 else H*(N//(H*W)//2)*(W//2)) if sub_sample else N)"
 
 
 class NonLocal(Mechanism):

@@ -19,6 +19,7 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, rename
+from ...ops._dispatch import on_cpu
 from ...ops.local_window import Window, window_attention, window_attention_weights
 from ...validate import check_divisible, check_map, check_option
 
@@ -167,6 +168,8 @@ class HaloAttention(Mechanism):
         if self.stride == 2:
             for name, size in zip(("height", "width"), x.shape[2:], strict=True):
                 require(size % self.block_size == 0, "{}={} must be a multiple of block_size={} with stride=2", name, size, self.block_size)
+        if on_cpu(x):  # faster 1x1 convolutions, and the windows of a channels-last map are runs of memory
+            x = x.contiguous(memory_format=torch.channels_last)
         q = self.q(x).unflatten(1, (self.num_heads, -1))
         k, v = self.kv(x).unflatten(1, (self.num_heads, -1)).split([self.qk_head_dim, self.v_head_dim], 2)
         window = Window(self.window, self.query_stride, padding="mask" if self.mask_border else "zero", offset_first=-self.halo_size)

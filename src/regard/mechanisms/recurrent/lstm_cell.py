@@ -3,12 +3,13 @@ r"""Long short-term memory: a cell that keeps, forgets and shows by gates.
     a = x W_ih^T + b_ih + h W_hh^T + b_hh;   i, f, o = sigmoid(a_i, a_f, a_o),   g = tanh(a_g)
     c' = f c + i g,   h' = o tanh(c')
 
-Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 1997; the forget gate is of Gers, Schmidhuber, Cummins 2000, peepholes of
-Gers, Schraudolph, Schmidhuber 2002, layer norm of Ba, Kiros, Hinton 2016 (arXiv:1607.06450), i = 1 - f of Greff et al. 2017. Numbers and names
-are those of torch.nn.LSTMCell. B batch, T steps, I input_size, H hidden_size. A projection of h (proj_size) is not offered.
+Hochreiter, Schmidhuber, "Long Short-Term Memory", Neural Computation 1997; the forget gate is of Gers, Schmidhuber, Cummins 2000, peepholes
+of Gers, Schraudolph, Schmidhuber 2002, layer norm of Ba, Kiros, Hinton 2016 (arXiv:1607.06450), i = 1 - f of Olah, "Understanding LSTM
+Networks", 2015. Numbers and names are those of torch.nn.LSTMCell. B batch, T steps, I input_size, H hidden_size. A projection of h (proj_size)
+is not offered.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 from jaxtyping import Bool, Float
@@ -50,7 +51,7 @@ class LSTMCell(Mechanism):
         variants=(
             {"input_size": 7, "hidden_size": 9, "layer_norm": True, "peephole": True},
             {"input_size": 8, "hidden_size": 10, "coupled": True, "peephole": True, "forget_bias": 1.0},
-            {"input_size": 8, "hidden_size": 6, "coupled": True, "layer_norm": True, "bias": False},
+            {"input_size": 8, "hidden_size": 6, "layer_norm": True, "bias": False},
         ),
         returns=("out", "h", "c", "gates"),
     )
@@ -66,6 +67,11 @@ class LSTMCell(Mechanism):
             ),
         ),
     )
+
+    weight_ih: nn.Parameter
+    weight_hh: nn.Parameter
+    bias_ih: nn.Parameter
+    bias_hh: nn.Parameter
 
     def __init__(
         self,
@@ -87,11 +93,13 @@ class LSTMCell(Mechanism):
         self.input_size, self.hidden_size, self.bias, self.layer_norm = input_size, hidden_size, bias, layer_norm
         self.peephole, self.coupled, self.forget_bias = peephole, coupled, forget_bias
         self.cell = LSTM(peephole, layer_norm, coupled)
-        rows, dd = (3 if coupled else 4) * hidden_size, {"device": device, "dtype": dtype}
+        rows = (3 if coupled else 4) * hidden_size
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden_size), "bias_ih": (rows,), "bias_hh": (rows,)}
         for name, shape in shapes.items():
             if bias or len(shape) > 1:
-                self.register_parameter(name, nn.Parameter(nn.init.uniform_(torch.empty(shape, **dd), -(hidden_size**-0.5), hidden_size**-0.5)))
+                start = nn.init.uniform_(torch.empty(shape, **dd), -(hidden_size**-0.5), hidden_size**-0.5)
+                self.register_parameter(name, nn.Parameter(start))
         for name in ("f", "o") if coupled else ("i", "f", "o"):
             if peephole:
                 self.register_parameter(f"peephole_{name}", nn.Parameter(torch.zeros(hidden_size, **dd)))
@@ -120,14 +128,9 @@ class LSTMCell(Mechanism):
         Returns h after every step (B, T, H) and the last (h, c), or those and the gates {"i", "f", "g", "o", "c"}, each (B, T, H).
         """
         check_floating(x)
-        require(
-            x.ndim == 3,
-            "x must be (batch, time, {}), got {} axes: {}; a single time step is step(x, state)",
-            self.input_size,
-            x.ndim,
-            tuple(x.shape),
-        )
-        check_tokens(x, self.input_size, option="input_size")
+        width = self.input_size
+        require(x.ndim == 3, "x must be (batch, time, {}), got {}; a single time step is step(x, state)", width, tuple(x.shape))
+        check_tokens(x, width, option="input_size")
         check_mask(mask, *x.shape[:2], name="mask")
         start = self._state(state, x)
         out, (h, c), gates = run(self.cell, x, start, dict(self.named_parameters()), mask=mask, gates=return_gates)
@@ -138,18 +141,19 @@ class LSTMCell(Mechanism):
     ) -> tuple[Tensor, State] | tuple[Tensor, State, dict[str, Tensor]]:
         """One time step: h and the state (h, c), or those and the gates, each (B, H)."""
         check_floating(x)
-        require(x.ndim == 2, "x must be (batch, {}), got {} axes: {}; a sequence is forward(x, state)", self.input_size, x.ndim, tuple(x.shape))
-        require(x.shape[1] == self.input_size, "x has width {} but this module was made with input_size={}", x.shape[1], self.input_size)
+        width = self.input_size
+        require(x.ndim == 2, "x must be (batch, {}), got {}; a sequence is forward(x, state)", width, tuple(x.shape))
+        require(x.shape[1] == width, "x has width {} but this module was made with input_size={}", x.shape[1], width)
         (h, c), gates = step(self.cell, x, self._state(state, x), dict(self.named_parameters()))
         return (h, (h, c), gates) if return_gates else (h, (h, c))
 
     def _state(self, state: State | None, x: Tensor) -> State:
+        want = (x.shape[0], self.hidden_size)
         if state is None:
-            return x.new_zeros(x.shape[0], self.hidden_size), x.new_zeros(x.shape[0], self.hidden_size)
+            return x.new_zeros(want), x.new_zeros(want)
         require_type(isinstance(state, tuple | list), "state must be the pair (h, c), got {}", type(state).__name__)
         require(len(state) == 2, "state must be the pair (h, c), got {} tensors", len(state))
         for name, s in zip("hc", state, strict=True):
             check_floating(s, f"state's {name}")
-            want = (x.shape[0], self.hidden_size)
             require(tuple(s.shape) == want, "state's {} must be (batch, hidden_size) = {}, got {}", name, want, tuple(s.shape))
         return state[0], state[1]

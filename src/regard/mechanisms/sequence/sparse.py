@@ -10,7 +10,7 @@ set is empty (fixed A1 before the first summary) gets zeros; the code's dense fo
 A0 of strided without order is |i - j| < l; any N.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -22,13 +22,13 @@ from ...ops.softmax_attention.patterns import SparsePattern, sparse_attend, spar
 from ...parts.heads import head_width, init_projections_, merge_heads, split_heads
 from ...validate import check_bool, check_broadcastable, check_divisible, check_mask, check_tokens
 
-# Keys a query meets, as the block form multiplies them: windows of 32 queries over the band, summaries of earlier blocks in 16 groups of blocks.
-_L = "(max(ceil(sqrt(N)), summary*num_stripes if pattern == 'fixed' else 1) if stride is None else stride)"
-_NEAR = f"({_L} if pattern == 'fixed' else 32 + (1 if causal else 2)*32*ceil(({_L} - 1)/32))"
-_EARLIER = f"(ceil(N/{_L}) - 1 + ceil((ceil(N/{_L}) - 1)/16))/2"
-_FAR = f"(ceil(N/{_L}) if pattern == 'strided' else summary*({_EARLIER} + (head_mode != 'merged') if causal else ceil(N/{_L})))"
-_NEAR_HEADS = "(num_heads if pattern == 'local' or head_mode == 'merged' else (num_heads + 1)//2 if head_mode == 'split' else num_heads*(1 - layer_index%2))"
-_FAR_HEADS = "(0 if pattern == 'local' else num_heads if head_mode == 'merged' else num_heads//2 if head_mode == 'split' else num_heads*(layer_index%2))"
+# Keys that a query meets, as the block form multiplies them: windows of 32 queries over the band; whole blocks; the summaries of earlier blocks, for
+# 16 groups of blocks.
+_L = "(stride if stride else ceil(sqrt(N)))"
+_T = f"ceil(N/{_L})"
+_NEAR = f"({_T}*{_L}**2/N if pattern == 'fixed' else 32 + (1 if causal else 2)*32*ceil(({_L} - 1)/32))"
+_EARLIER = f"(({_T} - 1)*({_T} - 1 + ceil(({_T} - 1)/16))/2 + {_T}*(head_mode != 'merged'))"
+_FAR = f"({_L}/N*({_T}**2 if pattern == 'strided' else summary*({_EARLIER} if causal else {_T}**2)))"
 
 
 class SparseAttention(Mechanism):
@@ -60,7 +60,7 @@ class SparseAttention(Mechanism):
         summary="Softmax over a near block and over every l-th key, or the last columns of every block.",
         when="Autoregressive models of long sequences, images row by row (strided) or text (fixed); set the stride if lengths vary.",
         flops=f"8*B*N*dim*num_heads*head_dim + 4*B*N*head_dim*(num_heads*N if pattern == 'all' or N < (256 if causal else 512) or N < 2*{_L}"
-        f" else {_NEAR_HEADS}*{_NEAR} + {_FAR_HEADS}*{_FAR})",
+        f" else near_heads*{_NEAR} + far_heads*{_FAR})",
         grows={"N": 1.5},
         can=frozenset({"causal", "key_mask", "attn_mask", "weights", "row_stochastic"}),
         # A free stride depends on the length: a padded sequence, or a prefix, has another pattern. The far set of "fixed" alone has empty rows.
@@ -101,6 +101,8 @@ class SparseAttention(Mechanism):
         self.head_mode, self.layer_index, self.causal = head_mode, layer_index, causal
         self.qkv_bias, self.out_bias, self.dropout = qkv_bias, out_bias, dropout
         self.allowed = SparsePattern(pattern, stride, summary, num_stripes, head_mode, layer_index, causal)
+        heads = [(len(range(num_heads)[group]), factors) for group, factors in self.allowed.groups()]
+        self.near_heads, self.far_heads = (sum(count for count, factors in heads if name in factors) for name in ("A0", "A1"))
         dd = {"device": device, "dtype": dtype}
         width = num_heads * self.head_dim
         self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
@@ -130,7 +132,7 @@ class SparseAttention(Mechanism):
             check_bool(attn_mask, "attn_mask")
             check_broadcastable(attn_mask, (b, self.num_heads, n, n), "attn_mask")
         q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        masks = {"key_mask": key_mask, "attn_mask": attn_mask}
+        masks: dict[str, Any] = {"key_mask": key_mask, "attn_mask": attn_mask}
         out = sparse_attend(q, k, v, self.allowed, dropout=self.dropout if self.training else 0.0, **masks)
         out = self.out_proj(merge_heads(out))
         return (out, sparse_weights(q, k, self.allowed, **masks)) if return_weights else out

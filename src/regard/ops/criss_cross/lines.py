@@ -1,6 +1,6 @@
 """Maps on CPU: batched products over the lines of (H, B, W, C) storage, where rows and columns are both views.
 
-The weights of at most CHUNK_BYTES live at a time: a map that needs more goes in blocks of rows, whose weights are computed again in the backward pass.
+At most CHUNK_BYTES of weights live at a time: a map that needs more goes in blocks of rows, whose weights are computed anew in the backward pass.
 """
 
 from typing import Any
@@ -20,15 +20,12 @@ def criss_cross(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 class _Lines(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        blocks = _blocks(q)
-        out, p = q.new_empty(v.shape), None
-        for block in blocks:
+        out, p = [], None
+        for block in _blocks(q):
             p = _weights(q, k, block)
-            h, own = k.shape[0], out[block]
-            own.copy_(torch.bmm(_rows(p[..., h:]), _rows(v[block])).view(own.shape))
-            _columns(own).add_(torch.bmm(_columns(p[..., :h]), _columns(v)))
-        ctx.save_for_backward(q, k, v, p if len(blocks) == 1 else None)
-        return out
+            out.append(_gather(p, v, block))
+        ctx.save_for_backward(q, k, v, p if len(out) == 1 else None)
+        return _join(out)
 
     @staticmethod
     @once_differentiable
@@ -44,10 +41,9 @@ class _Lines(torch.autograd.Function):
             _columns(ds[..., :h]).copy_(torch.bmm(_columns(mine), _columns(v).mT))
             dv.add(_rows(p[..., h:]).mT, _rows(mine), _columns(p[..., :h]).mT, _columns(mine))
             ds = torch.ops.aten._softmax_backward_data(ds, p, -1, p.dtype)
-            dq.append(torch.bmm(_rows(ds[..., h:]), _rows(k[block])).view(q[block].shape))
-            _columns(dq[-1]).add_(torch.bmm(_columns(ds[..., :h]), _columns(k)))
+            dq.append(_gather(ds, k, block))
             dk.add(_rows(ds[..., h:]).mT, _rows(q[block]), _columns(ds[..., :h]).mT, _columns(q[block]))
-        return torch.cat(dq) if len(dq) > 1 else dq[0], dk.total(k), dv.total(v)
+        return _join(dq), dk.total(k), dv.total(v)
 
 
 class _Sum:
@@ -63,7 +59,7 @@ class _Sum:
         self.columns = share if self.columns is None else self.columns.add_(share)
 
     def total(self, like: Tensor) -> Tensor:
-        out = (torch.cat(self.rows) if len(self.rows) > 1 else self.rows[0]).view(like.shape)
+        out = _join(self.rows).view(like.shape)
         assert self.columns is not None
         _columns(out).add_(self.columns)
         return out
@@ -84,6 +80,18 @@ def _weights(q: Tensor, k: Tensor, block: slice) -> Tensor:
     column.diagonal(block.start, 1, 2).fill_(float("-inf"))  # the row counts the pixel itself
     _columns(p[..., :h]).copy_(column)
     return torch.softmax(p, -1, out=p)
+
+
+def _gather(p: Tensor, v: Tensor, block: slice) -> Tensor:
+    """(rows, B, W, C) of the queries in a block of rows."""
+    h, own = v.shape[0], v[block]
+    out = torch.bmm(_rows(p[..., h:]), _rows(own)).view(own.shape)
+    _columns(out).add_(torch.bmm(_columns(p[..., :h]), _columns(v)))
+    return out
+
+
+def _join(parts: list[Tensor]) -> Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
 
 
 def _rows(x: Tensor) -> Tensor:

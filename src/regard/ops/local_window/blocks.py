@@ -3,6 +3,7 @@
 The relative term is separable: for query (y, x) and key (i, j) it is R[i] + C[j], where the codes R and C depend on the query alone. So the
 logits are one product of widened vectors: [scale q, R, C] times [k, i one-hot, j one-hot]. A border mask is a large negative code.
 Codes run from the last row (column) of the window to the first, so that they are a plain strided view of q times the reversed tables.
+Channels are innermost everywhere: then a row of a window is one run of memory.
 """
 
 from collections.abc import Iterator
@@ -13,15 +14,16 @@ from torch import Tensor
 from .window import accumulator, add_band, add_windows, chunks, read_band, read_blocks, windows, write_blocks
 
 Box = tuple[slice, slice, slice]
+NARROW = 16  # products with fewer columns than a vector register holds are three times slower on the CPU (measured), so they get zero columns
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, first: int, scale: float, mask: bool) -> Tensor:
     """q (B, N, d, Hq, Wq), k (B, N, d, H, W), v (B, N, dv, H, W), rel (2 (win + side - 1), d), reversed -> (B, N, dv, Hq, Wq)."""
-    out = v.new_empty(*q.shape[:2], v.shape[2], *q.shape[-2:])
+    out = channels_last(v, (*q.shape[:2], v.shape[2], *q.shape[-2:]))
     blocks = _Blocks(q, k, v, rel, win, block, first, scale, mask)
     for box in blocks.boxes():
         weights = blocks.weights(blocks.queries(box), blocks.keys(box))
-        blocks.write(out, box, torch.bmm(blocks.values(box), weights.mT))
+        blocks.write(out, box, torch.bmm(weights, blocks.values(box)))
     return out
 
 
@@ -29,24 +31,30 @@ def backward(
     dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, first: int, scale: float, mask: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and rel."""
-    acc = accumulator(q)
-    dq = torch.empty_like(q, memory_format=torch.contiguous_format)
-    dk, dv = (torch.zeros_like(x, dtype=acc, memory_format=torch.contiguous_format) for x in (k, v))
+    acc, d, dv_ = accumulator(q), q.shape[2], v.shape[2]
+    dq = channels_last(q, q.shape)
+    dk, dv = (channels_last(x, x.shape, acc).zero_() for x in (k, v))
     drel = torch.zeros_like(rel, dtype=acc)
-    blocks, d = _Blocks(q, k, v, rel, win, block, first, scale, mask), q.shape[2]
+    blocks = _Blocks(q, k, v, rel, win, block, first, scale, mask)
     for box in blocks.boxes():
         queries, keys, dy = blocks.queries(box), blocks.keys(box), blocks.read(dout, box)
         weights = blocks.weights(queries, keys)
-        blocks.add_window(dv, box, torch.bmm(dy, weights))
-        dlogits = torch.bmm(dy.mT, blocks.values(box))
+        blocks.add_window(dv, box, torch.bmm(weights.mT, dy))
+        dlogits = torch.bmm(dy[..., :dv_], blocks.values(box)[..., :dv_].mT)
         dlogits = torch._softmax_backward_data(dlogits, weights, -1, acc)
-        blocks.add_window(dk, box, torch.bmm(queries[:, :d], dlogits))
-        dqueries = torch.bmm(keys, dlogits.mT)
+        blocks.add_window(dk, box, torch.bmm(dlogits.mT, queries[..., : max(d, NARROW)]))
+        dqueries = torch.bmm(dlogits, keys).flatten(0, 1)
         drelative = blocks.from_codes(dqueries[:, d:])
-        drel += torch.bmm(drelative, queries[:, :d].mT).sum(0)
-        dqueries = torch.baddbmm(dqueries[:, :d], blocks.rel.mT.expand(dqueries.shape[0], -1, -1), drelative)
-        blocks.write(dq, box, dqueries.mul_(scale))
+        drel.addmm_(drelative.mT, queries.flatten(0, 1)[:, :d])
+        dqueries = torch.addmm(dqueries[:, :d], drelative, blocks.rel, beta=scale, alpha=scale)
+        blocks.write(dq, box, dqueries)
     return dq, dk.to(k.dtype), dv.to(v.dtype), drel.to(rel.dtype)
+
+
+def channels_last(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
+    """An empty (B, N, d, H, W) with memory (B, H, W, N, d): a map of channels N d, channels last."""
+    batch, heads, d, height, width = shape
+    return like.new_empty(batch, height, width, heads, d, dtype=dtype).permute(0, 3, 4, 1, 2)
 
 
 class _Blocks:
@@ -63,86 +71,95 @@ class _Blocks:
     def boxes(self) -> Iterator[Box]:
         width = 2 * self.side**2 + self.q.shape[2] + self.v.shape[2] + 2 * self.win
         unit = self.columns * self.win**2 * width * self.dtype.itemsize
-        return ((b, n, rows) for b, n, rows in chunks((*self.q.shape[:2], self.rows), unit, self.q.device))
+        return chunks((*self.q.shape[:2], self.rows), unit, self.q.device)
 
     def queries(self, box: Box) -> Tensor:
-        """(blocks, d + 2 win, queries): scaled queries and their codes."""
-        b, n, rows = box
-        d, win = self.q.shape[2], self.win
-        q = read_blocks(self.q[b, n], rows, self.columns, self.side).permute(0, 1, 3, 5, 2, 4, 6)
-        out = q.new_empty(*q.shape[:4], d + 2 * win, self.side, self.side, dtype=self.dtype)
-        torch.mul(q, self.scale, out=out[..., :d, :, :]) if q.dtype == self.dtype else out[..., :d, :, :].copy_(q).mul_(self.scale)
-        flat = out.view(-1, d + 2 * win, self.side**2)
-        relative = torch.bmm(self.rel.expand(flat.shape[0], -1, -1), flat[:, :d])
-        high, wide = self._codes(relative)
-        flat[:, d : d + win].unflatten(2, (self.side, -1)).copy_(high)
-        flat[:, d + win :].unflatten(2, (self.side, -1)).copy_(wide)
+        """(blocks, queries, d + 2 win): scaled queries and their codes."""
+        q, d, win, side = self.q[box[0], box[1]], self.q.shape[2], self.win, self.side
+        q = read_blocks(q, box[2], self.columns, side).permute(0, 1, 3, 5, 4, 6, 2)
+        out = q.new_empty(*q.shape[:-1], d + 2 * win, dtype=self.dtype)
+        torch.mul(q.to(self.dtype), self.scale, out=out[..., :d])
+        flat = out.view(-1, d + 2 * win)
+        high, wide = self._codes(flat[:, :d] @ self.rel.mT)
+        out.view(-1, side, side, d + 2 * win)[..., d : d + win].copy_(high)
+        out.view(-1, side, side, d + 2 * win)[..., d + win :].copy_(wide)
         if self.mask:
             outside = torch.finfo(self.dtype).min / 4
-            high, wide = self._outside(rows.start, rows.stop, self.k.shape[-2]), self._outside(0, self.columns, self.k.shape[-1])
-            out[..., d : d + win, :, :].masked_fill_(high[:, None, :, None, None], outside)
-            out[..., d + win :, :, :].masked_fill_(wide[:, :, None, None], outside)
-        return flat
+            high, wide = self._outside(box[2], self.k.shape[-2]), self._outside(slice(0, self.columns), self.k.shape[-1])
+            out[..., d : d + win].masked_fill_(high[:, None, None, None], outside)
+            out[..., d + win :].masked_fill_(wide[:, None, None], outside)
+        return out.view(-1, side**2, d + 2 * win)
 
-    def _outside(self, start: int, stop: int, length: int) -> Tensor:
+    def _outside(self, blocks: slice, length: int) -> Tensor:
         """(blocks, win), True where that row (or column) of the window of that block is not on the map; last row first."""
-        at = torch.arange(start, stop, device=self.k.device)[:, None] * self.block + self.first + torch.arange(self.win, device=self.k.device)
+        at = torch.arange(blocks.start, blocks.stop, device=self.k.device)[:, None] * self.block + self.first
+        at = at + torch.arange(self.win, device=self.k.device)
         return ((at < 0) | (at >= length)).flip(1)
 
     def _codes(self, relative: Tensor) -> tuple[Tensor, Tensor]:
-        """Views (blocks, win, side, side) of the products with the tables (blocks, 2 reach, queries): entry (win - 1 - i) + y, and for columns."""
-        n, side = relative.shape[0], self.side
-        outer, row, one = relative.stride()
-        at, shape = relative.storage_offset(), (n, self.win, side, side)
-        high = relative.as_strided(shape, (outer, row, row + side * one, one), at)
-        return high, relative.as_strided(shape, (outer, row, side * one, row + one), at + self.reach * row)
+        """Views (blocks, side, side, win) of the products with the tables (all queries, 2 reach): entry (win - 1 - i) + y; and for columns."""
+        side, row = self.side, 2 * self.reach
+        shape = (relative.shape[0] // side**2, side, side, self.win)
+        high = relative.as_strided(shape, (side**2 * row, side * row + 1, row, 1))
+        return high, relative.as_strided(shape, (side**2 * row, side * row, row + 1, 1), self.reach)
 
     def from_codes(self, codes: Tensor) -> Tensor:
-        """The transpose of `_codes`: gradients of the codes (blocks, 2 win, queries) -> (blocks, 2 reach, queries)."""
-        out = codes.new_zeros(codes.shape[0], 2 * self.reach, codes.shape[2])
+        """The transpose of `_codes`: gradients of the codes (all queries, 2 win) -> (all queries, 2 reach)."""
+        out = codes.new_zeros(codes.shape[0], 2 * self.reach)
         for target, part in zip(self._codes(out), codes.split(self.win, 1), strict=True):
-            target.copy_(part.unflatten(2, (self.side, -1)))
+            target.copy_(part.view(target.shape))
         return out
 
     def keys(self, box: Box) -> Tensor:
-        """(blocks, d + 2 win, win^2): keys and the one-hot codes of their row and column."""
-        k = self._windows(self.k, box)
-        d, win = self.k.shape[2], self.win
-        out = k.new_empty(*k.shape[:4], d + 2 * win, win, win)
-        out[..., :d, :, :] = k
+        """(blocks, win^2, d + 2 win): keys and the one-hot codes of their row and column."""
+        k, d, win = self._windows(self.k, box), self.k.shape[2], self.win
+        out = k.new_empty(*k.shape[:-1], d + 2 * win)
+        out[..., :d] = k
         one = torch.eye(win, dtype=self.dtype, device=k.device).flip(0)
-        out[..., d : d + win, :, :] = one[:, :, None]
-        out[..., d + win :, :, :] = one[:, None, :]
-        return out.view(-1, d + 2 * win, win * win)
+        out[..., d : d + win] = one[:, None]
+        out[..., d + win :] = one
+        return out.view(-1, win * win, d + 2 * win)
 
     def values(self, box: Box) -> Tensor:
-        """(blocks, dv, win^2)."""
-        return self._windows(self.v, box).reshape(-1, self.v.shape[2], self.win**2)
+        """(blocks, win^2, dv), with zero columns if dv is small."""
+        return _wide(self._windows(self.v, box)).reshape(-1, self.win**2, max(self.v.shape[2], NARROW))
 
     def _windows(self, x: Tensor, box: Box) -> Tensor:
+        """(B, N, rows, columns, win, win, channels)."""
         b, n, rows = box
-        high, wide = ((count - 1) * self.block + self.win for count in (rows.stop - rows.start, self.columns))
-        band = read_band(x[b, n], rows.start * self.block + self.first, self.first, high, wide, self.dtype)
-        return windows(band, self.win, self.block)
+        band = self._band(x[b, n], rows)
+        read_band(x[b, n], band, rows.start * self.block + self.first, self.first)
+        return windows(band, self.win, self.block).movedim(-3, -1)
 
     def add_window(self, dx: Tensor, box: Box, parts: Tensor) -> None:
+        """Add (blocks, win^2, channels or more) where the windows are."""
         b, n, rows = box
-        dx, count = dx[b, n], rows.stop - rows.start
-        band = dx.new_zeros(*dx.shape[:3], (count - 1) * self.block + self.win, (self.columns - 1) * self.block + self.win)
-        add_windows(band, parts.view(*dx.shape[:2], count, self.columns, -1, self.win, self.win), self.block)
+        dx = dx[b, n]
+        band = self._band(dx, rows)
+        parts = parts.view(*dx.shape[:2], -1, self.columns, self.win, self.win, parts.shape[-1])[..., : dx.shape[2]]
+        add_windows(band, parts.movedim(-1, -3), self.block)
         add_band(dx, band, rows.start * self.block + self.first, self.first)
 
+    def _band(self, x: Tensor, rows: slice) -> Tensor:
+        """Zeros (B, N, channels, H, W), channels innermost, for the windows of these rows of blocks."""
+        high, wide = ((count - 1) * self.block + self.win for count in (rows.stop - rows.start, self.columns))
+        return x.new_zeros(*x.shape[:2], high, wide, x.shape[2], dtype=self.dtype).movedim(-1, -3)
+
     def weights(self, queries: Tensor, keys: Tensor) -> Tensor:
-        logits = torch.bmm(queries.mT, keys)
+        logits = torch.bmm(queries, keys.mT)
         return torch.softmax(logits, -1, out=logits)
 
     def write(self, out: Tensor, box: Box, y: Tensor) -> None:
         b, n, rows = box
         part = out[b, n]
-        y = y.view(*part.shape[:2], rows.stop - rows.start, self.columns, -1, self.side, self.side)
-        write_blocks(part, rows, y.permute(0, 1, 4, 2, 5, 3, 6))
+        y = y.view(*part.shape[:2], -1, self.columns, self.side, self.side, y.shape[-1])[..., : part.shape[2]]
+        write_blocks(part, rows, y.permute(0, 1, 6, 2, 4, 3, 5))
 
     def read(self, dout: Tensor, box: Box) -> Tensor:
-        b, n, rows = box
-        part = read_blocks(dout[b, n], rows, self.columns, self.side)
-        return part.permute(0, 1, 3, 5, 2, 4, 6).to(self.dtype).reshape(-1, dout.shape[2], self.side**2)
+        """(blocks, queries, dv), with zero columns if dv is small."""
+        part = read_blocks(dout[box[0], box[1]], box[2], self.columns, self.side).permute(0, 1, 3, 5, 4, 6, 2).to(self.dtype)
+        return _wide(part).reshape(-1, self.side**2, max(dout.shape[2], NARROW))
+
+
+def _wide(x: Tensor) -> Tensor:
+    return torch.nn.functional.pad(x, (0, NARROW - x.shape[-1])) if x.shape[-1] < NARROW else x

@@ -42,15 +42,17 @@ def _(w: Tensor, v: Tensor, kernel: int, stride: int, dilation: int, first: int,
 
 @window_attention.register_fake
 def _(q: Tensor, k: Tensor, v: Tensor, *options: Any) -> Tensor:
-    return v.new_empty(*q.shape[:2], v.shape[2], *q.shape[-2:])
+    return blocks.channels_last(v, (*q.shape[:2], v.shape[2], *q.shape[-2:]))
 
 
-def _like(dy: Tensor, *args: Any) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in args if isinstance(x, Tensor))
+@window_apply_backward.register_fake
+def _(dy: Tensor, w: Tensor, v: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in (w, v))
 
 
-window_apply_backward.register_fake(_like)
-window_attention_backward.register_fake(_like)
+@window_attention_backward.register_fake
+def _(dy: Tensor, q: Tensor, k: Tensor, v: Tensor, rel: Tensor, *options: Any) -> tuple[Tensor, ...]:
+    return (*(blocks.channels_last(x, x.shape) for x in (q, k, v)), torch.empty_like(rel))
 
 
 def _differentiate(op: Any, backward: Any) -> None:

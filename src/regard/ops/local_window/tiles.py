@@ -55,17 +55,21 @@ class _Tiles:
     def keys(self, box: Box) -> Tensor:
         """(tiles, C, side^2): the pixels that a tile sees."""
         b, g, rows = box
-        high, wide = ((n - 1) * self.t + self.side for n in (rows.stop - rows.start, self.columns))
-        band = read_band(self.v[b, g], rows.start * self.t + self.first, self.first, high, wide, self.dtype)
+        band = self._band(self.v[b, g], rows)
+        read_band(self.v[b, g], band, rows.start * self.t + self.first, self.first)
         return windows(band, self.side, self.t).reshape(-1, self.v.shape[2], self.side**2)
 
     def add_keys(self, dv: Tensor, box: Box, dkeys: Tensor) -> None:
         b, g, rows = box
-        n, high, wide = rows.stop - rows.start, (rows.stop - rows.start - 1) * self.t + self.side, (self.columns - 1) * self.t + self.side
         dv = dv[b, g]
-        band = dv.new_zeros(*dv.shape[:3], high, wide)
-        add_windows(band, dkeys.view(*dv.shape[:2], n, self.columns, -1, self.side, self.side), self.t)
+        band = self._band(dv, rows)
+        add_windows(band, dkeys.view(*dv.shape[:2], -1, self.columns, dv.shape[2], self.side, self.side), self.t)
         add_band(dv, band, rows.start * self.t + self.first, self.first)
+
+    def _band(self, x: Tensor, rows: slice) -> Tensor:
+        """Zeros for the pixels that these rows of tiles see."""
+        high, wide = ((count - 1) * self.t + self.side for count in (rows.stop - rows.start, self.columns))
+        return x.new_zeros(*x.shape[:3], high, wide, dtype=self.dtype)
 
     def matrix(self, box: Box) -> Tensor:
         """(tiles, side^2, (t s)^2): the weights, zero where an output does not see a key."""

@@ -46,8 +46,8 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 
 def chunks(sizes: tuple[int, int, int], unit_bytes: int, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
-    """Cut three axes into boxes of about 4 MB (so that a box stays in the cache), the last axis first; one unit at least."""
-    left = max(1, (4 if device.type == "cpu" else 256) * 2**20 // max(unit_bytes, 1))
+    """Cut three axes into boxes of about 8 MB (so that a box stays in the cache), the last axis first; one unit at least."""
+    left = max(1, (8 if device.type == "cpu" else 256) * 2**20 // max(unit_bytes, 1))
     steps = []
     for size in reversed(sizes):
         steps.append(max(1, min(size, left)))
@@ -59,12 +59,10 @@ def chunks(sizes: tuple[int, int, int], unit_bytes: int, device: torch.device) -
                 yield slice(i, min(i + a, sizes[0])), slice(j, min(j + b, sizes[1])), slice(k, min(k + c, sizes[2]))
 
 
-def read_band(x: Tensor, top: int, left: int, height: int, width: int, dtype: torch.dtype) -> Tensor:
-    """The (height, width) part of a map (..., H, W) that begins at (top, left), zero where that is outside."""
-    out = x.new_zeros(*x.shape[:-2], height, width, dtype=dtype)
-    rows, columns = _inside(x, top, left, height, width)
-    out[..., rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = x[..., rows, columns]
-    return out
+def read_band(x: Tensor, band: Tensor, top: int, left: int) -> None:
+    """Fill a band of zeros (..., h, w) with the part of a map (..., H, W) that begins at (top, left), as far as that is inside."""
+    rows, columns = _inside(x, top, left, *band.shape[-2:])
+    band[..., rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = x[..., rows, columns]
 
 
 def add_band(x: Tensor, band: Tensor, top: int, left: int) -> None:

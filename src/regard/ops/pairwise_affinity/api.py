@@ -8,14 +8,15 @@ from ..softmax_attention import attend
 from . import associative, ordered, reference
 from .reference import Kind
 
-_dispatch.register("pairwise_attention", "fused", "stored")
+_dispatch.register("pairwise_attention", "fused")
 _dispatch.register("pairwise_dot", "associative")
 _dispatch.register("pairwise_relu", "ordered")
+STORED_BYTES = 12 << 20
 
 
 def pairwise_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 1.0) -> Tensor:
     """softmax_j(scale q_i . k_j) v_j summed over j: (B, N, dv)."""
-    impl = _dispatch.choose("pairwise_attention", "fused", "scaled_dot_product_attention never stores the N x M weights")
+    impl = _dispatch.choose("pairwise_attention", *_choose_attention(q, k, v))
     if impl == "reference":
         return (reference.weights(_wide(q), _wide(k), "softmax", scale) @ _wide(v)).to(v.dtype)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the fused kernel declines other layouts
@@ -41,6 +42,16 @@ def pairwise_relu(a: Tensor, b: Tensor, v: Tensor) -> Tensor:
 def affinity_weights(a: Tensor, b: Tensor, kind: Kind, *, scale: float = 1.0) -> Tensor:
     """The weights, (B, N, M), computed in float32 at least; "relu" takes numbers a (B, N), b (B, M)."""
     return reference.weights(_wide(a), _wide(b), kind, scale).to(a.dtype)
+
+
+def _choose_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[str, str]:
+    plain = torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or q.dtype not in (torch.float32, torch.float64)
+    training = torch.is_grad_enabled() and (q.requires_grad or k.requires_grad or v.requires_grad)
+    if not plain and training and _dispatch.on_cpu(q) and q.shape[2] == v.shape[2]:
+        size = q.shape[0] * q.shape[1] * k.shape[1] * q.element_size()
+        if size <= STORED_BYTES:
+            return "reference", f"in training on CPU, {size / 1e6:.1f} MB of weights are kept faster than they are computed again"
+    return "fused", "scaled_dot_product_attention never stores the N x M weights"
 
 
 def _wide(x: Tensor) -> Tensor:

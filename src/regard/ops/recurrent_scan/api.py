@@ -1,14 +1,13 @@
 """Recurrent cells: the implementation chosen, precisions settled."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
-from typing import Any
 
 import torch
 from torch import Tensor
 
 from ...errors import require
 from .. import _dispatch
+from .._precision import at_least_float32, full_precision
 from . import fused, looped, reference
 from .cells import LSTM, Weights
 
@@ -38,11 +37,12 @@ def run(
     impl = _dispatch.choose("recurrent_scan", automatic, why)
     require(impl != "fused" or not refusal, "recurrent_scan='fused' cannot run: {}", refusal)
     if impl == "fused" and x.shape[1]:
-        with _full_precision(x):
-            out, last = fused.scan(cell, x.to(weights["weight_hh"].dtype), state, weights)
-        return out, last, {}
-    exact = _exact_dtype(x, weights)
-    with _full_precision(x):
+        kind = weights["weight_hh"].dtype
+        with full_precision(x):
+            out, last = fused.scan(cell, x.to(kind), [s.to(kind) for s in state], weights)
+        return out.to(x.dtype), [s.to(x.dtype) for s in last], {}
+    exact = at_least_float32(x, weights["weight_hh"])
+    with full_precision(x):
         weights = {name: w.to(exact) for name, w in weights.items()}
         start, params = [s.to(exact) for s in state], [weights[name] for name in cell.recurrent()]
         a = cell.project(x.transpose(0, 1).to(exact), weights)
@@ -60,8 +60,8 @@ def run(
 
 def step(cell: LSTM, x: Tensor, state: Sequence[Tensor], weights: Weights) -> tuple[list[Tensor], dict[str, Tensor]]:
     """One step of the plain definition: x (B, I) -> the state, and the gates (B, H)."""
-    exact = _exact_dtype(x, weights)
-    with _full_precision(x):
+    exact = at_least_float32(x, weights["weight_hh"])
+    with full_precision(x):
         weights = {name: w.to(exact) for name, w in weights.items()}
         params = [weights[name] for name in cell.recurrent()]
         after, values = reference.step(cell, cell.project(x.to(exact), weights), [s.to(exact) for s in state], params)
@@ -84,14 +84,3 @@ def _refusal(cell: LSTM, x: Tensor, weights: Weights, mask: Tensor | None, gates
     if x.is_meta or (x.device.type == "cpu" and weights["weight_hh"].dtype != torch.float32):
         return "oneDNN's kernel is for float32"
     return ""
-
-
-def _exact_dtype(x: Tensor, weights: Weights) -> torch.dtype:
-    """At least float32: a cell adds up over thousands of steps."""
-    return torch.promote_types(torch.promote_types(x.dtype, weights["weight_hh"].dtype), torch.float32)
-
-
-def _full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    kind = x.device.type
-    inside = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
-    return torch.autocast(kind, enabled=False) if inside else nullcontext()

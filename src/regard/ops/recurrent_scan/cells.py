@@ -6,27 +6,13 @@ Weights are a dictionary under torch's names (weight_ih, weight_hh, bias_ih, bia
 from collections.abc import Mapping
 from dataclasses import dataclass
 from itertools import product
-from typing import ClassVar, Protocol
+from typing import ClassVar
 
 import torch.nn.functional as F
 from torch import Tensor
 
 EPS = 1e-5
 Weights = Mapping[str, Tensor]
-
-
-class Cell(Protocol):
-    """`key` names the cell to the opaque operator; `fused` is torch's kernel for it, if it has one."""
-
-    gates: ClassVar[tuple[str, ...]]
-
-    @property
-    def key(self) -> str: ...
-    @property
-    def fused(self) -> str | None: ...
-    def recurrent(self) -> tuple[str, ...]: ...
-    def project(self, x: Tensor, weights: Weights) -> Tensor: ...
-    def unpack(self, states: list[Tensor], gates: Tensor) -> dict[str, Tensor]: ...
 
 
 @dataclass(frozen=True)
@@ -40,10 +26,12 @@ class LSTM:
 
     @property
     def key(self) -> str:
+        """How the opaque operator is told which cell this is."""
         return "lstm" + "_peephole" * self.peephole + "_norm" * self.layer_norm + "_coupled" * self.coupled
 
     @property
     def fused(self) -> str | None:
+        """torch's kernel for it."""
         return None if self.peephole or self.layer_norm or self.coupled else "lstm"
 
     def recurrent(self) -> tuple[str, ...]:

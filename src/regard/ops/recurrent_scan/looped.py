@@ -1,25 +1,21 @@
 """The loop as one opaque operator with its own derivative: gates, masks and options at a few small calls a step, of any length when traced."""
 
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
+from .._precision import full_precision
 from .cells import CELLS
 from .lstm_loops import lstm_backward, lstm_forward
-
-
-def _exact(x: Tensor) -> AbstractContextManager[Any]:
-    return torch.autocast(x.device.type, enabled=False) if torch.amp.is_autocast_available(x.device.type) else nullcontext()
 
 
 @torch.library.custom_op("regard::recurrent_scan", mutates_args=())
 def recurrent_scan(cell: str, a: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
     """a (T, B, k H), mask (T, B) -> every state and the gates, each (T, B, ...)."""
-    with _exact(a):
+    with full_precision(a):
         return lstm_forward(CELLS[cell], a, state, params, mask)
 
 
@@ -33,7 +29,7 @@ def recurrent_scan_backward(
     cell: str, grads: Sequence[Tensor], saved: Sequence[Tensor], state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None
 ) -> list[Tensor]:
     """Gradients of all outputs -> those of a, of the first states, of the parameters."""
-    with _exact(grads[0]):
+    with full_precision(grads[0]):
         return lstm_backward(CELLS[cell], grads, saved, state, params, mask)
 
 

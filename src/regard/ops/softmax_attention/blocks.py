@@ -9,8 +9,7 @@ The gradient of a piece needs only the merged numbers, P = e^(scores - lse) and 
 and lse is kept. It is one operator to torch.compile and torch.export, which therefore never see a length.
 """
 
-import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Protocol, TypeAlias
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, register_flop_formula
 
+from ...errors import RegardError
 from .. import _dispatch, _flops  # noqa: F401  (the fused CPU kernel is counted)
 
 aten = torch.ops.aten
@@ -141,18 +141,18 @@ PLANNERS: dict[str, Planner] = {}
 
 
 def planner(function: Planner) -> Planner:
-    """Register a function (n, num_heads, **options) -> Plan under its name. Options must be JSON."""
+    """Register a function (n, num_heads, *options) -> Plan under its name; options are integers."""
     PLANNERS[function.__name__] = function
     return function
 
 
 @lru_cache(maxsize=64)
-def _plan(name: str, options: str, n: int, num_heads: int) -> Plan:
-    return PLANNERS[name](n, num_heads, **json.loads(options))
+def _plan(name: str, options: tuple[int, ...], n: int, num_heads: int) -> Plan:
+    return PLANNERS[name](n, num_heads, *options)
 
 
 def block_attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: str, options: dict[str, Any] | None = None, *, scale: float, key_mask: Tensor | None = None
+    q: Tensor, k: Tensor, v: Tensor, plan: str, options: Sequence[int] = (), *, scale: float, key_mask: Tensor | None = None
 ) -> Tensor:
     """softmax(scale q k^T) v over the pairs of a plan.
 
@@ -165,12 +165,12 @@ def block_attend(
         (B, H, N, d); a query without any key gets zeros, and passes finite gradients.
     """
     q, k, v = (x.transpose(1, 2) for x in (q, k, v))
-    return block_attention(q, k, v, key_mask, plan, json.dumps(options or {}), scale)[0].transpose(1, 2)
+    return _call(block_attention, q, k, v, key_mask, plan, list(options), scale)[0].transpose(1, 2)
 
 
-def _forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, plan: str, options: str, scale: float) -> tuple[Tensor, Tensor]:
+def _forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, plan: str, options: Sequence[int], scale: float) -> tuple[Tensor, Tensor]:
     """On (B, N, H, d); also returns the log-sum-exp, (B, N, H), 0 for a query without any key."""
-    (b, n, h, d), todo = q.shape, _plan(plan, options, q.shape[1], q.shape[2])
+    (b, n, h, d), todo = q.shape, _plan(plan, tuple(options), q.shape[1], q.shape[2])
     valid = _valid(key_mask, q, todo)
     out = q.new_empty((b, n, h, d))
     lse = q.new_empty((b, n, h), dtype=torch.promote_types(q.dtype, torch.float32))
@@ -179,18 +179,19 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, plan: str
         for heads, layers in todo.groups:
             part = [x[:, :, heads] for x in whole]
             seen = None if valid is None else valid[some, :, heads]
-            o, e = _layer(layers[0], *part, seen, scale)
+            o, e = _layer(layers[0], part, seen, scale)
             for layer in layers[1:]:
-                _merge(o[:, layer.start :], e[:, layer.start :], *(x[:, layer.start :] for x in _layer(layer, *part, seen, scale)))
+                o2, e2 = _layer(layer, part, seen, scale)
+                _merge(o[:, layer.start :], e[:, layer.start :], o2[:, layer.start :], e2[:, layer.start :])
             out[some, :, heads] = o[:, :n]
             lse[some, :, heads] = e[:, :n, :, 0].masked_fill(e[:, :n, :, 0] == -INF, 0.0)
     return out, lse
 
 
 def _backward(
-    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None, plan: str, options: str, scale: float
+    grad: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, key_mask: Tensor | None, plan: str, options: Sequence[int], scale: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    (b, n, h, d), todo = q.shape, _plan(plan, options, q.shape[1], q.shape[2])
+    (b, n, h, d), todo = q.shape, _plan(plan, tuple(options), q.shape[1], q.shape[2])
     valid = _valid(key_mask, q, todo)
     grads = tuple(q.new_empty((b, n, h, d)) for _ in range(3))
     for some in _samples(q):
@@ -200,9 +201,9 @@ def _backward(
             seen = None if valid is None else valid[some, :, heads]
             totals = [torch.zeros(part[0].shape, dtype=lse.dtype, device=q.device) for _ in range(3)]
             for piece in (piece for layer in layers for piece in layer.pieces):
-                views = [view.take(x) for view, x in zip((piece.queries, piece.keys, piece.keys) + (piece.queries,) * 3, part, strict=True)]
-                given = _gradients(*views, _allowed(piece, seen, q.device), piece.causal, scale)
-                for view, total, x in zip((piece.queries, piece.keys, piece.keys), totals, given, strict=True):
+                views = (piece.queries, piece.keys, piece.keys, piece.queries, piece.queries, piece.queries)
+                taken = [view.take(x) for view, x in zip(views, part, strict=True)]
+                for view, total, x in zip(views, totals, _gradients(taken, _allowed(piece, seen, q.device), piece.causal, scale), strict=False):
                     view.add(total, x)
             for x, total in zip(grads, totals, strict=True):
                 x[some, :, heads] = total[:, :n]
@@ -238,7 +239,9 @@ def _allowed(piece: Piece, valid: Tensor | None, device: torch.device) -> Tensor
     return mask
 
 
-def _layer(layer: Layer, q: Tensor, k: Tensor, v: Tensor, valid: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+def _layer(layer: Layer, qkv: Sequence[Tensor], valid: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the pairs of one layer: (B, rows, H, d), (B, rows, H, 1)."""
+    q, k, v = qkv
     out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.zeros((*q.shape[:3], 1), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for piece in layer.pieces:
@@ -282,10 +285,9 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, 
     return out, lse
 
 
-def _gradients(
-    q: Tensor, k: Tensor, v: Tensor, grad: Tensor, out: Tensor, lse: Tensor, mask: Tensor | None, causal: bool, scale: float
-) -> tuple[Tensor, Tensor, Tensor]:
-    """What one piece adds to the gradients of its q, k, v, given the merged output and log-sum-exp."""
+def _gradients(views: Sequence[Tensor], mask: Tensor | None, causal: bool, scale: float) -> tuple[Tensor, Tensor, Tensor]:
+    """What one piece adds to the gradients of its q, k, v, from those, the gradient, the merged output and the merged log-sum-exp."""
+    q, k, v, grad, out, lse = views
     bias = _bias(mask, q.dtype)
     if _dispatch.on_cpu(q):
         return aten._scaled_dot_product_flash_attention_for_cpu_backward(grad, q, k, v, out, lse[..., 0], 0.0, causal, attn_mask=bias, scale=scale)
@@ -309,7 +311,7 @@ def _fold(function: Callable[..., tuple[Tensor, ...]], tensors: int) -> Callable
     return rule
 
 
-def _count(q: Any, k: Any, v: Any, key_mask: Any, plan: str, options: str, scale: float, **_: Any) -> int:
+def _count(q: Any, k: Any, v: Any, key_mask: Any, plan: str, options: Sequence[int], scale: float, **_: Any) -> int:
     """What the pieces multiply, counted on one sample without data."""
     one = torch.empty((1, *q.shape[1:]), device="meta")
     with FlopCounterMode(display=False) as counter:
@@ -337,7 +339,42 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
 
 
 def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *block_attention_backward(grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+    return *_call(block_attention_backward, grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+
+
+class _Forward(torch.autograd.Function):
+    """The operator under torch.func.grad, where its own registered gradient does not work."""
+
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor]:
+        return block_attention(*args)
+
+    setup_context = staticmethod(_keep)
+    backward = staticmethod(_differentiate)
+
+
+class _Gradient(torch.autograd.Function):
+    generate_vmap_rule = True
+
+    @staticmethod
+    def forward(*args: Any) -> tuple[Tensor, Tensor, Tensor]:
+        return block_attention_backward(*args)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, ...]) -> None:
+        pass
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> Any:
+        raise RegardError("block attention is differentiable once; for second derivatives use use_impl('reference')")
+
+
+def _call(op: Any, *args: Any) -> tuple[Tensor, ...]:
+    """The operator itself in a compiled graph, for which it has a gradient registered; else within its autograd function."""
+    function = _Forward if op is block_attention else _Gradient
+    return op(*args) if torch.compiler.is_compiling() else function.apply(*args)
 
 
 block_attention.register_autograd(_differentiate, setup_context=_keep)

@@ -11,7 +11,7 @@ and j <= i where causal. Heads use both factors ("merged"), A0 and A1 in turn ("
 
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from typing import TypeAlias
 
 import torch
@@ -58,6 +58,11 @@ class SparsePattern:
         if self.stride is not None:
             return self.stride
         return max(math.ceil(math.sqrt(n)), self.summary * self.num_stripes if self.kind == "fixed" else 1)
+
+    def numbers(self) -> tuple[int, ...]:
+        """The pattern as the integers that the planner reads."""
+        kind, mode = KINDS.index(self.kind), MODES.index(self.head_mode)
+        return kind, self.stride or 0, self.summary, self.num_stripes, mode, self.layer_index, int(self.causal)
 
     def groups(self) -> tuple[tuple[slice, tuple[str, ...]], ...]:
         """Heads, and the factors they use."""
@@ -146,13 +151,13 @@ def sparse_attend(
     Returns:
         (B, H, N, d); a query without any allowed key gets zeros.
     """
-    scale = q.shape[-1] ** -0.5 if scale is None else scale
+    scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     n, h = q.shape[2], q.shape[1]
     impl = _dispatch.choose("sparse_attention", *_automatic(pattern, q, attn_mask, dropout))
     if impl == "blocks":
         require(pattern.kind != "all", "sparse_attention has no blocks for pattern={!r}", pattern.kind)
         require(attn_mask is None and dropout == 0, "sparse_attention by blocks takes no attn_mask and no dropout")
-        return block_attend(q, k, v, "sparse", asdict(pattern), scale=scale, key_mask=key_mask)
+        return block_attend(q, k, v, "sparse", pattern.numbers(), scale=scale, key_mask=key_mask)
     keys = None if key_mask is None else key_mask[:, None, None]
     if impl == "dense" and pattern.kind == "all":
         return attend(q, k, v, scale=scale, mask=combine_masks(keys, attn_mask), causal=pattern.causal, dropout=dropout)
@@ -190,9 +195,11 @@ def _automatic(pattern: SparsePattern, q: Tensor, attn_mask: Tensor | None, drop
 
 
 @planner
-def sparse(n: int, num_heads: int, **options: object) -> Plan:
-    """The pieces of a SparsePattern. Where both factors hold a pair, A0 leaves it to A1 or, for own blocks of causal "fixed", A1 to A0."""
-    pattern = SparsePattern(**options)  # type: ignore[arg-type]
+def sparse(
+    n: int, num_heads: int, kind: int, stride: int, summary: int, num_stripes: int, head_mode: int, layer_index: int, causal: int
+) -> Plan:
+    """The pieces of `SparsePattern.numbers()`. Where both factors hold a pair, A0 leaves it to A1 or, for own blocks of causal "fixed", A1 to A0."""
+    pattern = SparsePattern(KINDS[kind], stride or None, summary, num_stripes, MODES[head_mode], layer_index, bool(causal))
     period = pattern.period(n)
     count = max(1, -(-n // period))
     reach = STEP * -(-(period - 1) // STEP)

@@ -1,4 +1,4 @@
-"""Squeezing and scaling maps: the form is chosen here."""
+"""Squeezing maps: the form is chosen here."""
 
 from types import ModuleType
 
@@ -8,17 +8,12 @@ from torch import Tensor
 from .. import _dispatch
 from . import fused, reference
 
-_dispatch.register("channel_gate", "fused")
-
-
-def scale(x: Tensor, gate: Tensor) -> Tensor:
-    """x * gate, for x (B, C, *space) and a gate that has size 1 along the channels or along all positions."""
-    return _impl(x).scale(x, gate)
+_dispatch.register("squeeze", "fused")
 
 
 def position_mean(x: Tensor) -> Tensor:
     """(B, C, *space) -> (B, C). Accumulates in at least float32."""
-    return _impl(x).mean(x.flatten(2), 2)
+    return _mean(x.flatten(2), 2)
 
 
 def position_max(x: Tensor) -> Tensor:
@@ -27,8 +22,8 @@ def position_max(x: Tensor) -> Tensor:
 
 
 def channel_mean(x: Tensor) -> Tensor:
-    """(B, C, *space) -> (B, 1, *space)."""
-    return _impl(x).mean(x, 1).unsqueeze(1)
+    """(B, C, *space) -> (B, 1, *space). Accumulates in at least float32."""
+    return _mean(x, 1).unsqueeze(1)
 
 
 def channel_max(x: Tensor) -> Tensor:
@@ -51,6 +46,11 @@ def attention_pool(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> tup
     return pooled, attention.reshape(x.shape[0], 1, *x.shape[2:])
 
 
+def _mean(x: Tensor, dim: int) -> Tensor:
+    """A sum divided: its gradient is an expanded view, which autograd adds in place, where a mean's is a map of its own."""
+    return (x.sum(dim, dtype=torch.promote_types(x.dtype, torch.float32)) / x.shape[dim]).to(x.dtype)
+
+
 def _impl(x: Tensor) -> ModuleType:
     if torch.compiler.is_compiling():
         name, why = "reference", "the compiler fuses the passes itself"
@@ -58,4 +58,4 @@ def _impl(x: Tensor) -> ModuleType:
         name, why = "fused", "on a CPU every pass over the map counts"
     else:
         name, why = "reference", "the fused form is arranged for CPU kernels"
-    return fused if _dispatch.choose("channel_gate", name, why) == "fused" else reference
+    return fused if _dispatch.choose("squeeze", name, why) == "fused" else reference

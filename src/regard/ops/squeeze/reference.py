@@ -4,14 +4,6 @@ import torch
 from torch import Tensor
 
 
-def scale(x: Tensor, gate: Tensor) -> Tensor:
-    return x * gate
-
-
-def mean(x: Tensor, dim: int) -> Tensor:
-    return x.mean(dim)
-
-
 def amax(x: Tensor, dim: int) -> Tensor:
     return x.amax(dim)
 

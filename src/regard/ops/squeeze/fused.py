@@ -1,26 +1,11 @@
 """The same values with fewer and better vectorised passes over the map, chiefly in the backward.
 
-Autograd's own formulas write whole maps that are only reduced or added afterwards: grad * x for a gate's gradient, expand / N for a
-mean's, a boolean map for a maximum's, one outer product for each use of x in attention pooling.
+Autograd's own formulas write a boolean map and an integer count for a maximum, and an outer product for each use of x in attention pooling.
 """
-
-import math
 
 import torch
 from torch import Tensor
 from torch.autograd import Function
-
-_CHUNK = 32 * 2**20  # bytes; the C library hands larger buffers back to the system each time
-
-
-def scale(x: Tensor, gate: Tensor) -> Tensor:
-    return _Scale.apply(x, gate)  # type: ignore[no-any-return]
-
-
-def mean(x: Tensor, dim: int) -> Tensor:
-    """A sum's gradient is an expanded view, which autograd adds in place; a mean's is a map of its own."""
-    wide = torch.promote_types(x.dtype, torch.float32)
-    return (x.sum(dim, dtype=wide) / x.shape[dim]).to(x.dtype)
 
 
 def amax(x: Tensor, dim: int) -> Tensor:
@@ -29,35 +14,6 @@ def amax(x: Tensor, dim: int) -> Tensor:
 
 def attention_pool(x: Tensor, weight: Tensor, bias: Tensor | None) -> tuple[Tensor, Tensor]:
     return _AttentionPool.apply(x, weight, bias)  # type: ignore[no-any-return]
-
-
-class _Scale(Function):
-    generate_vmap_rule = True
-
-    @staticmethod
-    def forward(x: Tensor, gate: Tensor) -> Tensor:
-        return x * gate
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:
-        ctx.save_for_backward(*inputs)
-
-    @staticmethod
-    def backward(ctx, grad):
-        x, gate = ctx.saved_tensors
-        dx = (grad * gate).to(x.dtype) if ctx.needs_input_grad[0] else None
-        dgate = None
-        if ctx.needs_input_grad[1]:
-            x = x.to(grad.dtype)
-            if gate.shape[1] == x.shape[1] and math.prod(gate.shape[2:]) == 1:
-                dgate = torch.linalg.vecdot(grad.flatten(2), x.flatten(2)).reshape(gate.shape)
-            else:
-                rows = max(1, _CHUNK // max(1, x[0].numel() * x.element_size()))
-                pairs = zip(grad.split(rows), x.split(rows), strict=True)
-                dims = [d for d in range(1, x.ndim) if gate.shape[d] == 1]
-                dgate = torch.cat([(g * part).sum(dims, keepdim=True) if dims else g * part for g, part in pairs])
-            dgate = dgate.to(gate.dtype)
-        return dx, dgate
 
 
 class _Max(Function):

@@ -1,0 +1,231 @@
+r"""Graph-kernel attention (GKAT): global attention on nodes, multiplied by how near two nodes are in the graph.
+
+    softmax:  W = exp(q k^T / sqrt(d) - max) K over (its row sum + 1e-9)
+    linear:   W = phi(q) phi(k)^T |K| + 1e-8 over its row sum,   phi(q) = relu(q / sqrt(d)) + 1e-8,  phi(k) = relu(k) + 1e-8
+    K = F F^T, F = normalised rows of sum_{t < L} decay^t (D^-1 A)^t;  or exp(t_h S), sum_i c_hi S^i with S = D^-1/2 A D^-1/2;  or A + I > 0
+
+Choromanski, Lin, Chen, Zhang, Sehanobish, Likhosherstov, Parker-Holder, Sarlos, Weller, Weingarten, "From block-Toeplitz matrices to
+differential equations on graphs: towards a general theory for scalable masked Transformers", ICML 2022. arXiv:2107.07999.
+The authors count sampled walks; we take the expectation (`random_walk_frequency` draws them), and the row maximum over the nodes that K lets
+through. B batch, N nodes, H heads, d head width, L walk_length, r rank. Not in the paper: masks of nodes.
+"""
+
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, Literal
+
+import torch
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ...card import Card, Paper
+from ...errors import require, require_type
+from ...mechanism import Mechanism
+from ...official import KeyMap, Rule
+from ...ops import graph_kernels as gk
+from ...ops._precision import full_precision
+from ...ops.graph_kernels.kernels import knowable
+from ...parts.heads import merge_heads, split_heads
+from ...validate import check_divisible, check_floating, check_mask, check_option, check_tokens
+
+
+class GraphKernelAttention(Mechanism):
+    """Args:
+    dim: width of the nodes.
+    num_heads: the output width is split between them.
+    out_dim: width of the output; dim if None.
+    attention: "softmax" (the authors' GKAT) or "linear" (features).
+    kernel: "random_walk", "diffusion", "taylor", "adjacency" (nodes and their neighbours), or "none": the one given to forward, else ones.
+    walk_length, decay, kernel_norm: of "random_walk": nodes of a walk, weight of each further step, p-norm of the rows (2, 1 or None).
+    num_terms: of "taylor".
+    feature_map: of attention="linear": "relu" or "elu".
+    activation: applied to the merged heads: None, "elu" (the authors' classifier) or "relu".
+    qkv_bias, out_proj: biases of the projections; a last linear layer.
+    dropout: probability of dropping a weight in training.
+    """
+
+    card: ClassVar = Card(
+        id="graph_kernel",
+        layout="graph",
+        paper=Paper(
+            title="From block-Toeplitz matrices to differential equations on graphs: towards a general theory for scalable masked Transformers",
+            authors="Krzysztof Choromanski, Han Lin, Haoxian Chen, Tianyi Zhang, Arijit Sehanobish, Valerii Likhosherstov, "
+            "Jack Parker-Holder, Tamas Sarlos, Adrian Weller, Thomas Weingarten",
+            venue="ICML",
+            year=2022,
+            arxiv="2107.07999",
+        ),
+        source="HL-hanlin/GKAT@d97f5e3 (no licence), GKATLayer; masks of google-research/scenic (Apache-2.0)",
+        summary="Attention between all nodes of a graph, weighted by a random-walk or diffusion kernel.",
+        when="Graphs whose labels hang on structure beyond one hop; pass `kernel=` to reuse one kernel for many layers.",
+        # `kernel_products` N x N x N products make the kernel. The eigenvalues behind "diffusion" and "taylor" are no matrix product and not counted.
+        flops="6*B*N*dim*out_dim + 4*B*N**2*out_dim + 2*B*N**3*kernel_products + (2*B*N*out_dim**2 if out_proj else 0)",
+        grows={"N": 3.0},
+        can=frozenset({"weights", "row_stochastic", "permutation_equivariant"}),
+        example={"dim": 16, "num_heads": 4},
+        variants=(
+            {"dim": 8, "num_heads": 4, "out_dim": 16, "walk_length": 3, "decay": 0.9, "kernel_norm": 1, "activation": "elu"},
+            {"dim": 16, "num_heads": 2, "attention": "linear", "qkv_bias": True, "out_proj": True, "kernel_norm": None},
+            {"dim": 16, "num_heads": 2, "attention": "linear", "kernel": "diffusion", "feature_map": "elu"},
+            {"dim": 16, "num_heads": 2, "kernel": "taylor", "num_terms": 5},
+        ),
+    )
+    functions: ClassVar[Mapping[str, Callable[..., Any]]] = {"random_walk_frequency": gk.random_walk_frequency}
+    random_walk_frequency = staticmethod(gk.random_walk_frequency)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        out_dim: int | None = None,
+        attention: Literal["softmax", "linear"] = "softmax",
+        kernel: Literal["random_walk", "diffusion", "taylor", "adjacency", "none"] = "random_walk",
+        *,
+        walk_length: int = 6,
+        decay: float = 1.0,
+        kernel_norm: int | None = 2,
+        num_terms: int = 100,
+        feature_map: Literal["relu", "elu"] = "relu",
+        activation: Literal["elu", "relu"] | None = None,
+        qkv_bias: bool = False,
+        out_proj: bool = False,
+        dropout: float = 0.0,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.out_dim = dim, num_heads, dim if out_dim is None else out_dim
+        check_divisible(self.out_dim, num_heads, "out_dim", "num_heads")
+        check_option(attention, ("softmax", "linear"), "attention")
+        check_option(kernel, ("random_walk", "diffusion", "taylor", "adjacency", "none"), "kernel")
+        check_option(kernel_norm, (None, 1, 2), "kernel_norm")
+        check_option(feature_map, ("relu", "elu"), "feature_map")
+        check_option(activation, (None, "elu", "relu"), "activation")
+        require(walk_length > 0, "walk_length={} must be at least 1", walk_length)
+        require(0.0 <= decay <= 1.0, "decay={} must be in [0, 1]", decay)
+        require(num_terms > 0, "num_terms={} must be at least 1", num_terms)
+        require(0.0 <= dropout < 1.0, "dropout={} must be in [0, 1)", dropout)
+        self.attention, self.kernel, self.walk_length, self.decay, self.kernel_norm = attention, kernel, walk_length, decay, kernel_norm
+        self.num_terms, self.feature_map, self.activation, self.qkv_bias, self.dropout = num_terms, feature_map, activation, qkv_bias, dropout
+        self.kernel_products = {"random_walk": max(walk_length - 2, 0) + 1, "diffusion": num_heads, "taylor": num_heads}.get(kernel, 0)
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, self.out_dim, qkv_bias, **dd) for _ in range(3))
+        self.out_proj = nn.Linear(self.out_dim, self.out_dim, **dd) if out_proj else None
+        if kernel == "diffusion":
+            self.heat_params = nn.Parameter(torch.ones(num_heads, **dd))
+        if kernel == "taylor":
+            terms = torch.exp(-0.01 * torch.arange(num_terms, device=device, dtype=torch.float32))
+            self.taylor_params = nn.Parameter(terms.to(dtype or torch.get_default_dtype()).repeat(num_heads, 1))
+
+    def key_maps(self) -> tuple[KeyMap, ...]:
+        """One linear layer for each head and role; in the notebook's classifier below the number of the layer."""
+        prefixes = {"GKATLayer": "", **{f"GKAT classifier, layer {layer}": f"layers.{layer}." for layer in range(4)}}
+        heads = range(self.num_heads)
+        return tuple(
+            KeyMap(name, tuple(Rule(tuple(f"{prefix}{j}.fc_{r}.*" for j in heads), (f"{r.lower()}_proj.*",), _stack, _split) for r in "QKV"))
+            for name, prefix in prefixes.items()
+        )
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n dim"],
+        adjacency: Tensor | None = None,
+        *,
+        kernel: Tensor | None = None,
+        frequency: Tensor | None = None,
+        node_mask: Bool[Tensor, "b n"] | None = None,
+        return_weights: bool = False,
+    ) -> Float[Tensor, "b n out_dim"] | tuple[Tensor, Tensor]:
+        """Attend among the nodes of each graph.
+
+        Args:
+            x: features of the nodes.
+            adjacency: (B, N, N) or (N, N), not negative, dense or sparse (COO, CSR).
+            kernel: takes the place of the adjacency's: (N, N), (B, N, N) or (B, H, N, N), from `kernel_of` for example.
+            frequency: F of K = F F^T, its rows still to be normalised: (B, N, r) or (N, r), not negative.
+            node_mask: True = a real node; the rows of others come out 0.
+            return_weights: also return the weights (B, H, N, N).
+        """
+        check_tokens(x, self.dim)
+        check_mask(node_mask, *x.shape[:2], name="node_mask")
+        require(kernel is None or frequency is None, "kernel and frequency are both given; {} needs one", type(self).__name__)
+        if kernel is not None:
+            self._check(kernel, x, "kernel", square=True, most=4)
+        elif frequency is not None:
+            self._check(frequency, x, "frequency", square=False, most=3)
+            with full_precision(x):
+                frequency = gk.normalise_rows(frequency[None] if frequency.ndim == 2 else frequency, self.kernel_norm)
+        else:
+            require(self.kernel == "none" or adjacency is not None, "kernel={!r} needs the adjacency, or a kernel, or a frequency", self.kernel)
+            if adjacency is not None:
+                self._check(adjacency, x, "adjacency", square=True, most=3)
+            kernel = x.new_ones(1, 1, 1).expand(1, x.shape[1], x.shape[1]) if self.kernel == "none" else self._kernel(adjacency, node_mask)
+        if kernel is not None:
+            kernel = kernel[None] if kernel.ndim == 2 else kernel
+        if node_mask is not None:
+            x = x.masked_fill(~node_mask[..., None], 0.0)
+        q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q_proj, self.k_proj, self.v_proj))
+        features = self.feature_map if self.attention == "linear" else None
+        drop, signed = self.dropout if self.training else 0.0, self.kernel in ("diffusion", "taylor")
+        out = gk.attend(q, k, v, kernel, frequency=frequency, signed=signed, mask=node_mask, feature_map=features, dropout=drop)
+        out = merge_heads(out)
+        if self.activation is not None:
+            out = getattr(nn.functional, self.activation)(out)
+        out = out if self.out_proj is None else self.out_proj(out)
+        if node_mask is not None:
+            out = out.masked_fill(~node_mask[..., None], 0.0)
+        if not return_weights:
+            return out
+        w = gk.weights(q, k, kernel, frequency=frequency, mask=node_mask, feature_map=features)
+        return out, w if node_mask is None else w.masked_fill(~node_mask[:, None, :, None], 0.0)
+
+    def kernel_of(self, adjacency: Tensor, node_mask: Tensor | None = None) -> Tensor:
+        """The kernel of a graph, to be passed as `kernel=` to every layer and call on that graph: (B, N, N), or (B, H, N, N) where it learns."""
+        require(self.kernel != "none", "kernel='none' makes no kernel of the adjacency")
+        self._check(adjacency, None, "adjacency", square=True, most=3)
+        return self._kernel(adjacency, node_mask)
+
+    def _kernel(self, adjacency: Tensor | None, node_mask: Tensor | None) -> Tensor:
+        assert adjacency is not None
+        if adjacency.layout != torch.strided and (self.kernel != "random_walk" or node_mask is not None):
+            adjacency = adjacency.to_dense()
+        adjacency = adjacency.to(torch.promote_types(adjacency.dtype, torch.float32))
+        if node_mask is not None:
+            adjacency = adjacency * (node_mask[:, :, None] & node_mask[:, None])
+        with full_precision(self.q_proj.weight):
+            if self.kernel == "random_walk":
+                visits = gk.random_walk_frequency(adjacency, self.walk_length, self.decay)
+                visits = gk.normalise_rows(visits[None] if visits.ndim == 2 else visits, self.kernel_norm)
+                return visits @ visits.mT
+            adjacency = adjacency[None] if adjacency.ndim == 2 else adjacency
+            if self.kernel == "adjacency":
+                return ((adjacency > 0) | torch.eye(adjacency.shape[-1], device=adjacency.device, dtype=torch.bool)).to(adjacency.dtype)
+            operator = gk.symmetric_operator(adjacency)
+            if self.kernel == "diffusion":
+                return gk.diffusion_kernel(operator, self.heat_params.to(operator.dtype))
+            return gk.taylor_kernel(operator, self.taylor_params.to(operator.dtype))
+
+    def _check(self, given: Tensor, x: Tensor | None, name: str, *, square: bool, most: int) -> None:
+        require_type(isinstance(given, Tensor), "{} must be a tensor, got {}", name, type(given).__name__)
+        if name != "adjacency" or given.dtype != torch.bool:
+            check_floating(given, name)
+        shape = tuple(given.shape)
+        require(2 <= given.ndim <= most, "{} must have 2 to {} axes, got {}", name, most, shape)
+        require(not square or shape[-1] == shape[-2], "{} must be square in its last two axes, got {}", name, shape)
+        if x is not None:
+            require(shape[-1 if square else -2] == x.shape[1], "{} is for {} nodes but x has {}", name, shape[-1 if square else -2], x.shape[1])
+            require(given.ndim == 2 or shape[0] in (1, x.shape[0]), "{} has batch {} but x has batch {}", name, shape[0], x.shape[0])
+        require(given.ndim < 4 or shape[1] in (1, self.num_heads), "{} has {} heads but num_heads={}", name, shape[1:2], self.num_heads)
+        values = given.values() if given.layout == torch.sparse_csr else given.coalesce().values() if given.layout == torch.sparse_coo else given
+        if knowable(values) and values.dtype != torch.bool:
+            signed = name == "kernel" and (self.attention == "linear" or self.kernel in ("diffusion", "taylor"))
+            require(signed or not bool((values < 0).any()), "{} must not be negative, its smallest entry is {}", name, values.min())
+
+
+def _stack(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
+    return [torch.cat(tensors)]
+
+
+def _split(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
+    heads = module.num_heads
+    assert isinstance(heads, int)
+    return list(tensors[0].chunk(heads))

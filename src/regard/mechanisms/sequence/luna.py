@@ -1,0 +1,263 @@
+r"""Luna: a short memory P packs the sequence by softmax attention, and the sequence reads the packed memory back: linear in the length.
+
+    pack:   Yp = softmax(P Wpq (C Wpk)^T / sqrt(dp)) C Wpv             unpack:  out = softmax(x Wq (Yp Wk)^T / sqrt(d)) Yp Wv, then Wo
+    causal: w_j = log2(1 + 2^(k'_j . p)), k' = x Wpc, p = P Wpq / sqrt(d), for each memory slot;   F(X, Y, Z)_t = X_t mean_{j <= t} Y_j^T Z_j
+            out = F(softmax(F(q / sqrt(d), k, w)), w, v)
+
+Ma, Kong, Wang, Zhou, May, Ma, Zettlemoyer, "Luna: Linear Unified Nested Attention", NeurIPS 2021, arXiv:2106.01540. As in the authors' code the
+causal weights are a softplus to base 2 (the paper: elu + 1 or softplus), and tied keys and values share one projection in each stage. Unlike it,
+key_mask holds in causal mode too: w_j = 0 for masked j, which the means leave out. B batch, N queries, M keys, D dim, E context_dim, L memory
+slots, H heads of width d, Hp memory heads of width dp.
+"""
+
+import math
+from typing import ClassVar, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from jaxtyping import Bool, Float
+from torch import Tensor, nn
+
+from ...card import Card, Paper
+from ...errors import require
+from ...mechanism import Mechanism
+from ...official import KeyMap, rename
+from ...ops.linear_attention import blockwise, chunk_size, full_precision, linear_attention
+from ...ops.softmax_attention import attend, attention_weights
+from ...parts.heads import head_width, merge_heads, split_heads
+from ...validate import check_context, check_divisible, check_mask, check_tokens
+
+
+class LunaState(NamedTuple):
+    """What one position hands to the next: sums of k^T w and of w^T v, how many positions, and the memory's queries and mask."""
+
+    keys_by_weights: Tensor
+    weights_by_values: Tensor
+    count: Tensor
+    memory_queries: Tensor
+    memory_mask: Tensor
+
+
+class LunaAttention(Mechanism):
+    """Args:
+    dim: width of the input, of the memory and of the output.
+    num_heads, head_dim: heads of the unpack stage; head_dim must be dim // num_heads, for the memory lives in dim.
+    num_memory_heads: heads of the pack stage; num_heads if None.
+    memory_len: slots of the learned memory.
+    tie_kv: keys and values share a projection.
+    context_dim: width of `context`; dim if None.
+    qkv_bias, out_bias: biases of the projections.
+    dropout: probability of dropping a weight, of both stages, in training.
+    causal: position t sees positions j <= t; the memory is only read.
+    learned_memory: own a learned memory; without it `memory` must be given to every call.
+    """
+
+    card: ClassVar = Card(
+        id="luna",
+        layout="sequence",
+        paper=Paper(
+            title="Luna: Linear Unified Nested Attention",
+            authors="Xuezhe Ma, Xiang Kong, Sinong Wang, Chunting Zhou, Jonathan May, Hao Ma, Luke Zettlemoyer",
+            venue="NeurIPS",
+            year=2021,
+            arxiv="2106.01540",
+        ),
+        source="XuezheMax/fairseq-apollo luna_attention.py (MIT)",
+        summary="Two softmax attentions through a short memory: the memory packs the sequence, the sequence reads the memory.",
+        when="Long inputs that a few dozen slots can summarise, and models that carry a memory from layer to layer.",
+        flops="4*B*N*dim**2 + 2*memory_len*dim**2 + (2*B*(M*context_dim*dim + memory_len*dim**2)*(1 if tie_kv else 2) + 4*B*memory_len*dim*(N + M)"
+        " if not causal else 2*B*N*dim**2*(2 if tie_kv else 3) + 2*B*N*memory_len*dim"
+        " + 4*B*num_heads*ceil(N/min(chunk, N))*min(chunk, N)**2*(head_dim + memory_len)"
+        " + 8*B*(ceil(N/min(chunk, N)) - 1)*min(chunk, N)*dim*memory_len)",
+        grows={"N": 1.0},
+        can=frozenset({"causal", "cross", "key_mask", "weights", "row_stochastic", "linear", "step", "permutation_equivariant"}),
+        unless={"cross": "causal", "step": "not causal"},
+        example={"dim": 32, "num_heads": 4, "memory_len": 5},
+        variants=(
+            {"dim": 24, "num_heads": 3, "num_memory_heads": 2, "memory_len": 4, "tie_kv": False},
+            {"dim": 24, "num_heads": 4, "memory_len": 6, "causal": True},
+        ),
+        returns=("out", "memory", "weights"),
+    )
+    official: ClassVar = (KeyMap("XuezheMax/fairseq-apollo", (rename("projected_embeddings", "memory"),), optional=("memory",)),)
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int = 8,
+        head_dim: int | None = None,
+        *,
+        num_memory_heads: int | None = None,
+        memory_len: int = 16,
+        tie_kv: bool = True,
+        context_dim: int | None = None,
+        qkv_bias: bool = True,
+        out_bias: bool = True,
+        dropout: float = 0.0,
+        causal: bool = False,
+        learned_memory: bool = True,
+        device=None,
+        dtype=None,
+    ) -> None:
+        super().__init__()
+        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_width(dim, num_heads, None)
+        require(head_dim in (None, self.head_dim), "head_dim={} must be dim // num_heads = {}: the memory lives in dim", head_dim, self.head_dim)
+        self.num_memory_heads = num_heads if num_memory_heads is None else num_memory_heads
+        check_divisible(dim, self.num_memory_heads, "dim", "num_memory_heads")
+        require(memory_len > 0, "memory_len={} must be at least 1", memory_len)
+        require(0.0 <= dropout < 1.0, "dropout={} must be in [0, 1)", dropout)
+        self.context_dim = dim if context_dim is None else context_dim
+        require(not causal or self.context_dim == dim, "causal=True reads no context, got context_dim={}", context_dim)
+        self.memory_len, self.tie_kv, self.qkv_bias, self.out_bias = memory_len, tie_kv, qkv_bias, out_bias
+        self.dropout, self.causal, self.learned_memory = dropout, causal, learned_memory
+        self.chunk = chunk_size(self.head_dim, memory_len)
+        names = {"pq_proj": dim, "q_proj": dim} | dict.fromkeys(["pc_proj"] if tie_kv or causal else ["pk_proj", "pv_proj"], self.context_dim)
+        names |= dict.fromkeys(["c_proj"] if tie_kv else ["k_proj", "v_proj"], dim)
+        for name, width in names.items():
+            setattr(self, name, nn.Linear(width, dim, qkv_bias, device=device, dtype=dtype))
+            nn.init.xavier_uniform_(getattr(self, name).weight, gain=2**-0.5)
+        self.out_proj = nn.Linear(dim, dim, out_bias, device=device, dtype=dtype)
+        nn.init.xavier_uniform_(self.out_proj.weight)
+        if out_bias:
+            nn.init.zeros_(self.out_proj.bias)
+        self.memory = nn.Parameter(torch.empty(memory_len, dim, device=device, dtype=dtype)) if learned_memory else None
+        if self.memory is not None:
+            nn.init.normal_(self.memory, std=dim**-0.5)
+
+    def forward(
+        self,
+        x: Float[Tensor, "b n dim"],
+        context: Float[Tensor, "b m context_dim"] | None = None,
+        *,
+        memory: Float[Tensor, "b l dim"] | None = None,
+        key_mask: Bool[Tensor, "b m"] | None = None,
+        memory_mask: Bool[Tensor, "b l"] | None = None,
+        attn_mask: Tensor | None = None,
+        return_memory: bool = False,
+        return_weights: bool = False,
+    ) -> Tensor | tuple[Tensor, ...]:
+        """Read `context` (`x` itself if None) through the memory (the learned one if None, of any length if given).
+
+        Returns (B, N, dim), then the new memory (B, L, dim) if asked for (the old one in causal mode), then the weights (B, H, N, L) of the unpack
+        stage if asked for. `key_mask` hides positions from the memory, `memory_mask` hides slots from the queries.
+        """
+        check_tokens(x, self.dim)
+        require(not self.causal or context is None, "luna with causal=True reads x alone; context={} cannot be given", "...")
+        source = x if context is None else context
+        check_context(x, source, self.context_dim)
+        require(attn_mask is None, "luna goes through its memory and has no pairs for attn_mask={} to hide; use key_mask or memory_mask", "...")
+        check_mask(key_mask, source.shape[0], source.shape[1])
+        memory = self._memory(memory, x.shape[0])
+        check_mask(memory_mask, x.shape[0], memory.shape[-2], name="memory_mask")
+        out, packed, weights = (self._causal if self.causal else self._pack_and_unpack)(x, source, memory, key_mask, memory_mask, return_weights)
+        found = (self.out_proj(merge_heads(out)), packed.expand(x.shape[0], -1, -1) if return_memory else None, weights)
+        kept = tuple(t for t in found if t is not None)
+        return kept if len(kept) > 1 else kept[0]
+
+    def _pack_and_unpack(
+        self, x: Tensor, source: Tensor, memory: Tensor, key_mask: Tensor | None, memory_mask: Tensor | None, return_weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        hp, dropout = self.num_memory_heads, self.dropout if self.training else 0.0
+        mask = None if key_mask is None else key_mask[:, None, None]
+        kp, vp = self._keys_values(source, "p", hp)
+        qp = self._memory_queries(memory, hp).expand(x.shape[0], -1, -1, -1)
+        packed = merge_heads(attend(qp, kp, vp, mask=mask, dropout=dropout))
+        mask = None if memory_mask is None else memory_mask[:, None, None]
+        q, (k, v) = split_heads(self.q_proj(x), self.num_heads), self._keys_values(packed, "", self.num_heads)
+        out = attend(q, k, v, mask=mask, dropout=dropout)
+        return out, packed, attention_weights(q, k, mask=mask) if return_weights else None
+
+    def _causal(
+        self, x: Tensor, source: Tensor, memory: Tensor, key_mask: Tensor | None, memory_mask: Tensor | None, return_weights: bool
+    ) -> tuple[Tensor, Tensor, Tensor | None]:
+        h, n = self.num_heads, x.shape[1]
+        q, kp, (k, v) = split_heads(self.q_proj(x), h), split_heads(self.pc_proj(x), h), self._keys_values(x, "", h)
+        p = self._memory_queries(memory, h)
+        mask = None if key_mask is None else key_mask[:, None]
+        counts = torch.arange(1, n + 1, device=x.device).expand(1, 1, n) if mask is None else mask.cumsum(-1).clamp_min(1)
+        slots = None if memory_mask is None else memory_mask[:, None, None]
+        tensors = (q, kp, k, v, p, counts.unsqueeze(-1), mask, slots)
+        if self.training and self.dropout:  # the same units must fall out when the backward pass computes again
+            out = self._causal_core(*tensors)
+        else:
+            out = blockwise(self._causal_core, *tensors, floats=4 * n * (memory.shape[-2] + self.head_dim))
+        return out, memory, self._causal_core(*tensors, return_weights=True) if return_weights else None
+
+    def _causal_core(
+        self,
+        q: Tensor,
+        kp: Tensor,
+        k: Tensor,
+        v: Tensor,
+        p: Tensor,
+        counts: Tensor,
+        mask: Tensor | None,
+        slots: Tensor | None,
+        return_weights: bool = False,
+    ) -> Tensor:
+        given = q.dtype
+        with full_precision(q):
+            q, kp, k, p = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, kp, k, p))
+            w = F.dropout(self._slot_weights(kp, p), self.dropout, self.training)
+            a = self._slot_softmax(linear_attention(q * self.head_dim**-0.5, k, w, mask=mask, causal=True) / counts, slots)
+            if return_weights:
+                return a.to(given)
+            a = F.dropout(a, self.dropout, self.training)
+            return (linear_attention(a, w, v.to(a.dtype), mask=mask, causal=True) / counts).to(given)
+
+    def init_state(self, batch: int, *, memory: Tensor | None = None, memory_mask: Tensor | None = None) -> LunaState:
+        """The state before the first position of `batch` sequences; step by step needs causal=True."""
+        require(self.causal, "luna runs step by step only with causal=True, got causal={}", self.causal)
+        memory = self._memory(memory, batch)
+        check_mask(memory_mask, batch, memory.shape[-2], name="memory_mask")
+        p = self._memory_queries(memory, self.num_heads).expand(batch, -1, -1, -1)
+        p = p.to(torch.promote_types(p.dtype, torch.float32))
+        sums = p.new_zeros(batch, self.num_heads, self.head_dim, memory.shape[-2])
+        mask = torch.ones(batch, memory.shape[-2], dtype=torch.bool, device=p.device) if memory_mask is None else memory_mask
+        return LunaState(sums, sums.mT.clone(), torch.zeros(batch, dtype=torch.long, device=p.device), p, mask)
+
+    def step(self, x: Float[Tensor, "b dim"], state: LunaState) -> tuple[Float[Tensor, "b dim"], LunaState]:
+        """One more position: its output and the new state."""
+        require(x.ndim == 2 and x.shape[-1] == self.dim, "x must be (batch, {}), one position, got {}", self.dim, tuple(x.shape))
+        x, h, total = x[:, None], self.num_heads, state.keys_by_weights.dtype
+        q, kp, k, v = (split_heads(t, h).to(total) for t in (self.q_proj(x), self.pc_proj(x), *self._projected(x, "")))
+        w, count = self._slot_weights(kp, state.memory_queries), state.count + 1
+        kw, wv = state.keys_by_weights + k.mT @ w, state.weights_by_values + w.mT @ v
+        scale = count[:, None, None, None]
+        a = self._slot_softmax((q * self.head_dim**-0.5) @ kw / scale, state.memory_mask[:, None, None])
+        out = self.out_proj(merge_heads((a @ wv / scale).to(x.dtype)))
+        return out[:, 0], LunaState(kw, wv, count, state.memory_queries, state.memory_mask)
+
+    def _memory(self, memory: Tensor | None, batch: int) -> Tensor:
+        """(L, D) if learned, (B, L, D) if given."""
+        if memory is None:
+            require(self.memory is not None, "luna with learned_memory={} needs memory=(batch, slots, {}) in every call", self.learned_memory, self.dim)
+            assert self.memory is not None
+            return self.memory
+        check_tokens(memory, self.dim, "memory")
+        require(memory.shape[0] == batch, "memory has batch {} but x has batch {}", memory.shape[0], batch)
+        return memory
+
+    def _memory_queries(self, memory: Tensor, heads: int) -> Tensor:
+        p = self.pq_proj(memory)
+        return split_heads(p if p.ndim == 3 else p.unsqueeze(0), heads)
+
+    def _projected(self, source: Tensor, stage: str) -> tuple[Tensor, Tensor]:
+        if self.tie_kv:
+            both = getattr(self, f"{stage}c_proj")(source)
+            return both, both
+        return getattr(self, f"{stage}k_proj")(source), getattr(self, f"{stage}v_proj")(source)
+
+    def _keys_values(self, source: Tensor, stage: str, heads: int) -> tuple[Tensor, Tensor]:
+        k, v = self._projected(source, stage)
+        return split_heads(k, heads), split_heads(v, heads)
+
+    def _slot_weights(self, kp: Tensor, p: Tensor) -> Tensor:
+        """How much of each position goes into each slot, (B, H, N, L)."""
+        return F.softplus(kp @ (p * self.head_dim**-0.5).mT, beta=math.log(2))
+
+    @staticmethod
+    def _slot_softmax(scores: Tensor, slots: Tensor | None) -> Tensor:
+        if slots is None:
+            return scores.softmax(-1)
+        return scores.masked_fill(~slots, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~slots, 0.0)
