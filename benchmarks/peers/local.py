@@ -9,6 +9,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -20,7 +21,7 @@ from regard.official import to_official
 class TimmHalo(nn.Module):
     """timm HaloAttn: kv projection, padded map cut by `unfold` views, weights stored, relative logits by pad and reshape."""
 
-    def __init__(self, ours: nn.Module) -> None:
+    def __init__(self, ours: Any) -> None:
         super().__init__()
         self.heads, self.d, self.dv, self.block, self.halo = ours.num_heads, ours.qk_head_dim, ours.v_head_dim, ours.block_size, ours.halo_size
         self.win, self.scale = ours.window, ours.scale
@@ -59,7 +60,7 @@ class TimmHalo(nn.Module):
 class UnfoldCarafe(nn.Module):
     """XiaLiPKU CARAFE with mmcv's layers: nearest upsampling, then an unfold of dilation s, then one einsum over the k^2 copies."""
 
-    def __init__(self, ours: nn.Module) -> None:
+    def __init__(self, ours: Any) -> None:
         super().__init__()
         self.k, self.s = ours.up_kernel, ours.scale_factor
         self.channel_compressor = nn.Conv2d(ours.channels, ours.compressed_channels, 1)
@@ -82,7 +83,7 @@ def _peak(run: Callable[[], object]) -> float:
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         run()
     live = most = 0
-    results = profiler.profiler.kineto_results  # pyright: ignore
+    results: Any = getattr(profiler.profiler, "kineto_results")  # noqa: B009
     for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
         live += event.nbytes()
         most = max(most, live)

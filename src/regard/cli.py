@@ -48,10 +48,13 @@ class List:
         if self.json:
             return _print_json([_facts(card) for card in cards])
         table = Table(box=None, pad_edge=False, header_style="bold")
-        for title in ("id", "layout", "year", "grows", "checked against", "what it is"):
-            table.add_column(title, overflow="fold", no_wrap=title in ("id", "year", "grows"))
+        wide = console.width >= 110
+        titles = ("id", "layout", "grows", *(("year", "checked against") if wide else ()), "what it is")
+        for title in titles:
+            table.add_column(title, no_wrap=title != "what it is")
         for card in cards:
-            table.add_row(card.id, "/".join((card.layout, *card.also)), str(card.paper.year), _growth(card), BADGES[card.checked_against], card.summary)
+            more = (str(card.paper.year), BADGES[card.checked_against]) if wide else ()
+            table.add_row(card.id, "/".join((card.layout, *card.also)), _growth(card), *more, card.summary)
         console.print(table)
         console.print(f"\n{len(cards)} of {len(registry.ids())}. `regard show ID` tells more.", style="dim")
         return OK
@@ -216,7 +219,8 @@ class Compare:
         out = Path("runs") / self.task.split(":")[0] if self.out is None else self.out
         fields = {f: getattr(self, f) for f in self.__dataclass_fields__ if f not in ("lengths", "cost_lengths", "out")}
         config = CompareConfig(**fields, out=out, lengths=_lengths(self.lengths, "--lengths"), cost_lengths=_lengths(self.cost_lengths, "--cost-lengths"))
-        return compare(config, console)
+        compare(config, console)
+        return OK
 
 
 @dataclass(frozen=True)
@@ -258,9 +262,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Attention mechanisms for PyTorch: equal to their authors' code, fast, and compared on your problem.",
         config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagCreatePairsOff),
     )
-    console = Console(stderr=bool(getattr(command, "json", False)))
     try:
-        return command.run(console)
+        return command.run(Console())
     except RegardError as error:
         Console(stderr=True).print(Text.assemble(("regard: ", "bold red"), str(error)))
         return WRONG_CALL

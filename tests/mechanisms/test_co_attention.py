@@ -102,4 +102,4 @@ def test_wrong_calls() -> None:
     with pytest.raises(RegardError, match="bs must be"):
         module().forward_group(a, b)
     with pytest.raises(RegardError, match="BatchNorm"):
-        module().train()(a[:1, :, :1, :1], b)
+        module().train()(a[:1, :, :1, :1], b[:1])

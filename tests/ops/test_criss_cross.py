@@ -39,7 +39,7 @@ def test_equals_the_loop(space: tuple[int, ...]) -> None:
             torch.testing.assert_close(op.criss_cross(*args), expected, rtol=0, atol=1e-12)
 
 
-@pytest.mark.parametrize("chunk", [32 << 20, 700])
+@pytest.mark.parametrize("chunk", [32 << 20, 100])
 @pytest.mark.parametrize("space", [(3, 4), (5, 1), (1, 3)])
 def test_gradients(space: tuple[int, int], chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     """In one block, and in blocks of rows whose weights are computed again."""
@@ -49,7 +49,7 @@ def test_gradients(space: tuple[int, int], chunk: int, monkeypatch: pytest.Monke
     cotangent = torch.randn_like(expected)
     wanted = torch.autograd.grad(expected, args, cotangent)
     monkeypatch.setattr(lines, "CHUNK_BYTES", chunk)
-    assert (len(lines._blocks(args[0].transpose(0, 1))) > 1) == (chunk == 700 and space[0] > 1)
+    assert (len(lines._blocks(args[0].transpose(0, 1))) > 1) == (chunk == 100 and space[0] > 1)
     out = op.criss_cross(*args)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
     for ours, theirs in zip(torch.autograd.grad(out, args, cotangent), wanted, strict=True):
@@ -74,7 +74,7 @@ def test_any_strides() -> None:
     strided = [t.detach().permute(0, 3, 2, 1).contiguous().permute(0, 3, 2, 1).requires_grad_() for t in args]
     out = op.criss_cross(*strided)
     torch.testing.assert_close(out, expected, rtol=0, atol=1e-12)
-    cotangent = torch.randn(2, 4, 4, 3, dtype=torch.float64).permute(0, 2, 3, 1)[:, :3]
+    cotangent = torch.randn(2, 4, 3, 4, dtype=torch.float64).permute(0, 2, 3, 1)
     for ours, theirs in zip(torch.autograd.grad(out, strided, cotangent), torch.autograd.grad(expected, args, cotangent), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-12)
 

@@ -77,7 +77,7 @@ class FeatureMap:
             log_ratio = 0.5 * math.log(projected.shape[-1])
             if self.kind == "favor+":
                 c = stabilise(projected.detach().amax(-1, keepdim=True))
-                return (projected + (-half_norm - c - log_ratio)).exp(), c
+                return (projected + (-half_norm - c - log_ratio)).exp_(), c
             c = stabilise(half_norm.detach())
             return torch.cat((projected.sin(), projected.cos()), -1) * (half_norm - (c + log_ratio)).exp(), c
 

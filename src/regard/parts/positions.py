@@ -50,7 +50,7 @@ class RelativeBias(nn.Module):
     """
 
     def __init__(
-        self, kind: str, num_heads: int, *, bidirectional: bool, max_len: int | None, num_buckets: int, max_distance: int, device=None, dtype=None
+        self, kind: str, num_heads: int, bidirectional: bool, max_len: int | None, num_buckets: int, max_distance: int, device=None, dtype=None
     ) -> None:
         super().__init__()
         check_option(kind, ("t5", "toeplitz"), "rel_pos_bias")

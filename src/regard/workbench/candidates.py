@@ -137,7 +137,11 @@ def parse(text: str) -> Candidate:
 
 def cannot(candidate: Candidate, host: str) -> tuple[str, ...]:
     """The capabilities that matter in this kind of host and that the card does not have; nothing is said without a card."""
-    return () if candidate.card is None else tuple(name for name in MATTERS[host] if name not in candidate.card.can)
+    if candidate.card is None:
+        return ()
+    # Sets and recurrent cells call the same thing `mask`.
+    can = candidate.card.can | ({"key_mask"} if "mask" in candidate.card.can else set())
+    return tuple(name for name in MATTERS[host] if name not in can)
 
 
 def ids_that_fit(setting: Setting) -> list[str]:

@@ -271,11 +271,13 @@ class _Carrier:
 
     def calibrate(self, work: str) -> None:
         self.say("the machine's rates")
+        before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
         try:
             found = self.worker.ask({"work": "calibrate", "length": self.made.lengths[0]}, limit=MEASURE_LIMIT)
         except WorkFailed as failure:
             raise RegardError(f"the worker process cannot start: {failure}") from failure
         self.records.set_fact("chance", found.pop("chance"))
+        self.records.set_fact("load", before)
         self.records.set_fact("machine", dataclasses.asdict(_machine(self.made, found)))
 
     def steps(self, candidate: Candidate, length: int) -> Callable[[str], None]:
@@ -481,6 +483,10 @@ def _notes(made: Plan, records: Records, machine: Machine) -> list[str]:
             f"The budget of {made.budget.amount:g} s was turned into steps by each candidate's speed: {steps}. "
             f"Speeds are remembered in {speeds.path()}; delete it to measure again."
         )
+    load = records.fact("load") or 0.0
+    if load > machine.cores / 2:
+        busy = f"Other work was running at the start (load {load:.1f} on {machine.cores} cores)"
+        notes.append(f"{busy}; a quiet machine is faster, and its times are steadier.")
     here = (cpu_name(), torch.__version__)
     if (machine.cpu, machine.torch) != here:
         notes.append(f"Begun on {machine.cpu} with torch {machine.torch}, ended on {here[0]} with torch {here[1]}; times do not compare.")

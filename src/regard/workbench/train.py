@@ -201,10 +201,12 @@ def attention_picture(trial: Trial, model: nn.Module, example: Batch) -> dict[st
     if matrix is None:
         return None
     image = example.x[0].float().mean(0) if trial.host == "map" else None
-    shape = " x ".join(str(side) for side in matrix.shape)
-    axes = "rows: queries, columns: what they attend to" if trial.host == "tokens" else "weights of the last slot"
+    if trial.host == "tokens":
+        axes = "mean over heads; rows: queries, columns: what they attend to"
+    else:
+        axes = "the gate of each channel" if len(matrix) == 1 else "over the places of the map"
     return {
-        "caption": f"{trial.candidate.name}, last block, mean over heads; {axes} ({shape}, brightest = largest)",
+        "caption": f"{trial.candidate.name}, last block, {axes}",
         "weights": shrink(matrix).tolist(),
         "image": None if image is None else shrink(image).tolist(),
     }

@@ -18,6 +18,7 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
+from ...ops.plane_conv import plane_conv
 from ...ops.squeeze import channel_max, channel_mean
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
 from ...parts.squeeze import BottleneckMLP, hidden_width, pool_global, unsqueeze_like
@@ -53,7 +54,7 @@ class ConvolutionalBlockAttention(Mechanism):
         source="Jongchan/attention-module@459efad (MIT)",
         summary="Scales every channel, then every position, by gates computed from averages and maxima.",
         when="Detection and small data, where the place matters as well as the kind of feature.",
-        flops="4*num_pools*B*channels*hidden_channels + (4*B*N*kernel_size**2 if spatial else 0)",
+        flops="4*num_pools*B*channels*hidden_channels + (4*B*(H + kernel_size - 1)*W*kernel_size**2 if spatial else 0)",
         grows={"N": 1.0},
         can=frozenset({"weights", "linear", "gate"}),
         example={"channels": 16, "reduction": 4},
@@ -142,4 +143,4 @@ class ConvolutionalBlockAttention(Mechanism):
         if not self.spatial:
             return channel, gated, None
         planes = torch.cat((channel_max(gated), channel_mean(gated)), 1)
-        return channel, gated, torch.sigmoid(self.norm(self.conv(planes)))
+        return channel, gated, torch.sigmoid(self.norm(plane_conv(planes, self.conv.weight, self.conv.bias)))

@@ -3,11 +3,11 @@ r"""CARAFE: upsampling in which every output pixel is a convex combination, pred
     y[c, Y, X] = sum_j w[g(c), j, Y, X] x[c, (Y // s, X // s) + j],   w = softmax_j(shuffle(encoder(compressor(x))))
 
 Wang, Chen, Xu, Liu, Loy, Lin, "CARAFE: Content-Aware ReAssembly of FEatures", ICCV 2019. arXiv:1905.02188.
-Following the authors' code, pixels outside the map are zero and the weights are not normalised again there: borders are darkened. norm="batch" is
-the XiaLiPKU form (batch norms, a ReLU), not in the paper. B batch, C channels, H, W the input's sides, s scale_factor, k up_kernel.
+Following the authors' code, pixels outside the map are zero and the weights are not normalised again there: borders are darkened.
+Not in the paper: norm="batch", the XiaLiPKU form (batch norms, a ReLU). B batch, C channels, H, W the input's sides, s scale_factor, k up_kernel.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +19,7 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, rename
 from ...ops.local_window import Window, carafe, window_apply
+from ...parts.norm import check_batch_statistics
 from ...validate import check_divisible, check_map, check_option
 
 
@@ -50,8 +51,9 @@ class ContentAwareReassembly(Mechanism):
         can=frozenset({"weights", "linear", "upsamples"}),
         example={"channels": 8, "compressed_channels": 4, "up_kernel": 3},
         variants=(
-            {"channels": 8, "scale_factor": 3, "up_kernel": 5, "up_group": 2, "encoder_dilation": 2, "compressed_channels": 4, "norm": "batch"},
-            {"channels": 48, "scale_factor": 1, "encoder_kernel": 1, "compressed_channels": 4},
+            {"channels": 8, "scale_factor": 3, "up_group": 2, "encoder_dilation": 2, "compressed_channels": 4, "norm": "batch"},
+            {"channels": 32, "compressed_channels": 4},
+            {"channels": 8, "scale_factor": 1, "encoder_kernel": 1, "compressed_channels": 4},
         ),
         place="E",
     )
@@ -93,20 +95,20 @@ class ContentAwareReassembly(Mechanism):
         check_divisible(channels, up_group, "channels", "up_group")
         check_option(norm, (None, "batch"), "norm")
         self.channels, self.scale_factor, self.up_kernel, self.up_group = channels, scale_factor, up_kernel, up_group
-        self.encoder_kernel, self.encoder_dilation, self.compressed_channels, self.norm = encoder_kernel, encoder_dilation, compressed_channels, norm
-        dd = {"device": device, "dtype": dtype}
+        self.encoder_kernel, self.encoder_dilation = encoder_kernel, encoder_dilation
+        self.compressed_channels, self.norm = compressed_channels, norm
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width, pad = up_group * up_kernel**2 * scale_factor**2, (encoder_kernel - 1) * encoder_dilation // 2
         self.compressor = nn.Conv2d(channels, compressed_channels, 1, bias=norm is None, **dd)
         self.compressor_norm = nn.BatchNorm2d(compressed_channels, **dd) if norm else None
-        self.encoder = nn.Conv2d(
-            compressed_channels, width, encoder_kernel, padding=pad, dilation=encoder_dilation, bias=norm is None, **dd
-        )
+        self.encoder = nn.Conv2d(compressed_channels, width, encoder_kernel, padding=pad, dilation=encoder_dilation, bias=norm is None, **dd)
         self.encoder_norm = nn.BatchNorm2d(width, **dd) if norm else None
         if norm is None:
             nn.init.xavier_uniform_(self.compressor.weight)
             nn.init.normal_(self.encoder.weight, std=0.001)
-            for bias in (self.compressor.bias, self.encoder.bias):
-                nn.init.zeros_(bias)
+            for conv in (self.compressor, self.encoder):
+                if conv.bias is not None:
+                    nn.init.zeros_(conv.bias)
 
     def forward(
         self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False
@@ -114,11 +116,13 @@ class ContentAwareReassembly(Mechanism):
         """Returns (B, C, s H, s W), or that and the weights (B, up_group, k ** 2, s H, s W)."""
         check_map(x, self.channels)
         k, s, g = self.up_kernel, self.scale_factor, self.up_group
+        if self.compressor_norm is not None:
+            check_batch_statistics(self.compressor_norm, x.shape[0] * x.shape[2] * x.shape[3], "a single pixel")
         u = self.compressor(x)
         u = u if self.compressor_norm is None else self.compressor_norm(u).relu()
         u = self.encoder(u)
         u = u if self.encoder_norm is None else self.encoder_norm(u)
-        # The softmax and the sums of the paper, on the grid of the input: the s x s output pixels over an input pixel are s^2 more channels.
+        # Before any shuffle the s x s output pixels over an input pixel are s^2 channels: softmax and sums stay on the input's grid.
         u = u.unflatten(1, (g, k * k, s * s))
         weights = u.softmax(2, torch.promote_types(u.dtype, torch.float32)).to(x.dtype)
         out = window_apply(weights, x, Window(k), scale_factor=s)

@@ -2,13 +2,13 @@ r"""HaloNet blocked local attention: the queries of a b x b block of the map sha
 
     out_p = sum_j softmax_j(scale q_p . k_j + P_pj) v_j,   P_pj = q_p . R[i - y + win - 1] + q_p . C[j - x + win - 1],   win = b + 2h
 
-Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens, "Scaling Local Self-Attention for Parameter Efficient Visual Backbones", CVPR 2021.
-arXiv:2103.12731. No code was released; we follow timm: pixels outside the map take part as zero keys, and there is no output projection.
-(y, x) is the place of query p in its block, (i, j) that of the key in the window; B batch, H, W the map. Not in timm: maps that are no multiple of the
-block, mask_border, out_proj.
+Vaswani, Ramachandran, Srinivas, Parmar, Hechtman, Shlens, "Scaling Local Self-Attention for Parameter Efficient Visual Backbones",
+CVPR 2021. arXiv:2103.12731. No code was released; we follow timm: pixels outside the map take part as zero keys, there is no output projection,
+and with stride 2 the relative places count the remaining queries. Not in timm: maps that are no multiple of the block, mask_border, out_proj.
+(y, x) is the place of query p in its block, (i, j) that of the key in its window; B batch, H, W the map's sides.
 """
 
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -57,7 +57,7 @@ class HaloAttention(Mechanism):
     num_heads: number of heads.
     block_size, halo_size: side of a block; how far its window reaches beyond it. block_size=1 gives every pixel its own window.
     stride: 1, or 2 to halve the map: queries at every second pixel, or a 2 x 2 mean of all outputs if `avg_down` or the block is odd.
-    qk_head_dim, v_head_dim: widths of a head; None means out_channels qk_ratio, rounded to a multiple of 8, // num_heads, and out_channels // num_heads.
+    qk_head_dim, v_head_dim: widths of a head; None means out_channels qk_ratio, rounded to a multiple of 8, // num_heads; out_channels // num_heads.
     qkv_bias: biases of the projections.
     scale_pos_embed: scale the relative term as well.
     mask_border: leave pixels outside the map out of the softmax.
@@ -86,7 +86,7 @@ class HaloAttention(Mechanism):
         checked_against="public",
         example={"channels": 16, "num_heads": 2, "block_size": 4, "halo_size": 1},
         variants=(
-            {"channels": 16, "num_heads": 2, "block_size": 3, "halo_size": 2, "mask_border": True, "scale_pos_embed": True, "out_proj": True},
+            {"channels": 8, "num_heads": 2, "block_size": 3, "halo_size": 2, "mask_border": True, "scale_pos_embed": True, "out_proj": True},
             {"channels": 16, "out_channels": 24, "num_heads": 3, "block_size": 1, "halo_size": 1, "qk_ratio": 0.5, "qkv_bias": True},
         ),
         place="B",
@@ -133,7 +133,8 @@ class HaloAttention(Mechanism):
         require(num_heads > 0, "num_heads={} must be at least 1", num_heads)
         require(block_size > 0 and halo_size >= 0, "block_size={} must be positive, halo_size={} not negative", block_size, halo_size)
         check_option(stride, (1, 2), "stride")
-        self.channels, self.out_channels, self.num_heads, self.block_size, self.halo_size = channels, out_channels, num_heads, block_size, halo_size
+        self.channels, self.out_channels, self.num_heads = channels, out_channels, num_heads
+        self.block_size, self.halo_size = block_size, halo_size
         self.stride, self.qk_ratio, self.qkv_bias, self.avg_down = stride, qk_ratio, qkv_bias, avg_down
         self.scale_pos_embed, self.mask_border, self.out_proj = scale_pos_embed, mask_border, out_proj
         self.qk_head_dim = _round8(out_channels * qk_ratio) // num_heads if qk_head_dim is None else qk_head_dim
@@ -142,7 +143,7 @@ class HaloAttention(Mechanism):
         require(smallest > 0, "qk_head_dim={} and v_head_dim={} must be at least 1; give them", self.qk_head_dim, self.v_head_dim)
         self.query_stride = 1 if avg_down or block_size % stride else stride
         self.window, self.scale = block_size + 2 * halo_size, self.qk_head_dim**-0.5
-        dd = {"device": device, "dtype": dtype}
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width, value_width = num_heads * self.qk_head_dim, num_heads * self.v_head_dim
         self.q = nn.Conv2d(channels, width, 1, stride=self.query_stride, bias=qkv_bias, **dd)
         self.kv = nn.Conv2d(channels, width + value_width, 1, bias=qkv_bias, **dd)
@@ -168,6 +169,7 @@ class HaloAttention(Mechanism):
         if self.stride == 2:
             for name, size in zip(("height", "width"), x.shape[2:], strict=True):
                 require(size % self.block_size == 0, "{}={} must be a multiple of block_size={} with stride=2", name, size, self.block_size)
+        rows_first = not x.is_contiguous(memory_format=torch.channels_last)
         if on_cpu(x):  # faster 1x1 convolutions, and the windows of a channels-last map are runs of memory
             x = x.contiguous(memory_format=torch.channels_last)
         q = self.q(x).unflatten(1, (self.num_heads, -1))
@@ -177,6 +179,7 @@ class HaloAttention(Mechanism):
         out = window_attention(q, k, v, window, block=self.block_size, rel=rel, scale=self.scale, rel_scale=rel_scale).flatten(1, 2)
         out = F.avg_pool2d(out, 2) if self.query_stride < self.stride else out
         out = out if self.out is None else self.out(out)
+        out = out.contiguous() if rows_first else out
         if not return_weights:
             return out
         return out, window_attention_weights(q, k, window, block=self.block_size, rel=rel, scale=self.scale, rel_scale=rel_scale)

@@ -23,6 +23,8 @@ from ...ops.linear_attention import blockwise, full_precision, linear_attention,
 from ...parts.heads import merge_heads, split_heads
 from ...validate import check_context, check_divisible, check_map, check_mask, check_option, check_tokens
 
+LAYERS = ("keys", "queries", "values", "reprojection")
+
 
 class EfficientState(NamedTuple):
     """What one position hands to the next: for each key channel the mean of the values so far, and the log of the sum of exponentiated keys."""
@@ -80,9 +82,7 @@ class EfficientAttention(Mechanism):
         returns=("out",),
         place="D",
     )
-    official: ClassVar = (
-        KeyMap("cmsflash/efficient-attention", tuple(pointwise(f"{n}.weight", f"{n}.weight", 2) for n in ("keys", "queries", "values", "reprojection"))),
-    )
+    official: ClassVar = (KeyMap("cmsflash/efficient-attention", tuple(pointwise(f"{n}.weight", f"{n}.weight", 2) for n in LAYERS)),)
 
     def __init__(
         self,
@@ -107,13 +107,13 @@ class EfficientAttention(Mechanism):
         require(layout in (None, *given), "layout={!r} is not 'map' or 'sequence'; for a width say channels= (maps) or dim= (tokens)", layout)
         self.layout = layout or ("map" if channels is not None else "sequence")
         other = given["sequence" if self.layout == "map" else "map"]
-        require(other == (None,) * 3, "layout={!r} takes {}, got {} of the other layout", self.layout, ("channels", "dim")[self.layout != "map"], other)
+        require(other == (None,) * 3, "layout={!r} got the widths {} of the other layout: channels are of maps, dim of tokens", self.layout, other)
         width, key_width, value_width = given[self.layout]
         require(width is not None, "efficient needs channels=... (maps) or dim=... (tokens), got channels={} and dim={}", channels, dim)
         assert width is not None
         self.width, self.key_width, self.value_width = width, key_width or width, value_width or width
-        self.channels, self.key_channels, self.value_channels = (self.width, self.key_width, self.value_width) if self.layout == "map" else (None,) * 3
-        self.dim, self.key_dim, self.value_dim = (self.width, self.key_width, self.value_width) if self.layout == "sequence" else (None,) * 3
+        self.channels, self.key_channels, self.value_channels = channels, key_channels, value_channels
+        self.dim, self.key_dim, self.value_dim = dim, key_dim, value_dim
         self.num_heads = (1 if self.layout == "map" else 8) if num_heads is None else num_heads
         check_divisible(self.key_width, self.num_heads, "key width", "num_heads")
         check_divisible(self.value_width, self.num_heads, "value width", "num_heads")
@@ -129,7 +129,12 @@ class EfficientAttention(Mechanism):
         self.reprojection = nn.Linear(self.value_width, width, device=device, dtype=dtype)
 
     def forward(
-        self, x: Float[Tensor, "b ..."], context: Float[Tensor, "b m dim"] | None = None, *, key_mask: Bool[Tensor, "b m"] | None = None, attn_mask=None
+        self,
+        x: Float[Tensor, "b ..."],
+        context: Float[Tensor, "b m dim"] | None = None,
+        *,
+        key_mask: Bool[Tensor, "b m"] | None = None,
+        attn_mask: Tensor | None = None,
     ) -> Float[Tensor, "b ..."]:
         """Maps: x (B, C, *space), one to three axes. Tokens: x (B, N, C) attends to `context` (B, M, C), or to itself. Returns the shape of `x`."""
         require(attn_mask is None, "efficient never forms the pairs that attn_mask={} would hide; use key_mask or causal=True", "...")

@@ -81,6 +81,10 @@ class LunaAttention(Mechanism):
     )
     official: ClassVar = (KeyMap("XuezheMax/fairseq-apollo", (rename("projected_embeddings", "memory"),), optional=("memory",)),)
 
+    pq_proj: nn.Linear
+    pc_proj: nn.Linear
+    q_proj: nn.Linear
+
     def __init__(
         self,
         dim: int,
@@ -151,8 +155,8 @@ class LunaAttention(Mechanism):
         check_mask(memory_mask, x.shape[0], memory.shape[-2], name="memory_mask")
         out, packed, weights = (self._causal if self.causal else self._pack_and_unpack)(x, source, memory, key_mask, memory_mask, return_weights)
         found = (self.out_proj(merge_heads(out)), packed.expand(x.shape[0], -1, -1) if return_memory else None, weights)
-        kept = tuple(t for t in found if t is not None)
-        return kept if len(kept) > 1 else kept[0]
+        kept = [t for t in found if t is not None]
+        return tuple(kept) if len(kept) > 1 else kept[0]
 
     def _pack_and_unpack(
         self, x: Tensor, source: Tensor, memory: Tensor, key_mask: Tensor | None, memory_mask: Tensor | None, return_weights: bool
@@ -231,7 +235,7 @@ class LunaAttention(Mechanism):
     def _memory(self, memory: Tensor | None, batch: int) -> Tensor:
         """(L, D) if learned, (B, L, D) if given."""
         if memory is None:
-            require(self.memory is not None, "luna with learned_memory={} needs memory=(batch, slots, {}) in every call", self.learned_memory, self.dim)
+            require(self.memory is not None, "luna with learned_memory={} needs memory=(batch, slots, {})", self.learned_memory, self.dim)
             assert self.memory is not None
             return self.memory
         check_tokens(memory, self.dim, "memory")

@@ -7,7 +7,7 @@ B batch, N queries, M keys, D dim, E context_dim, H heads, G key-value heads, d 
 normed queries and keys, rotary and relative positions; a query with no allowed key gets zeros before the output projection.
 """
 
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Bool, Float
@@ -117,18 +117,19 @@ class MultiHeadAttention(Mechanism):
         self.rope_base, self.rope_interleaved, self.alibi = rope_base, rope_interleaved, alibi
         fits = 0 < self.rope_dim <= self.head_dim and self.rope_dim % 2 == 0
         require(not rope or fits, "rope_dim={} must be even and at most head_dim={}", self.rope_dim, self.head_dim)
-        dd = {"device": device, "dtype": dtype}
+        self.max_len, self.num_buckets, self.max_distance = max_len, num_buckets, max_distance
+        dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
         self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
         self.k_proj = nn.Linear(self.context_dim, kv_width, qkv_bias, **dd)
         self.v_proj = nn.Linear(self.context_dim, kv_width, qkv_bias, **dd)
         self.out_proj = nn.Linear(width, dim, out_bias, **dd)
         init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-        self.q_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **dd) if qk_norm else nn.Identity()
-        self.k_norm = nn.RMSNorm(self.head_dim, eps=1e-6, **dd) if qk_norm else nn.Identity()
-        self.max_len, self.num_buckets, self.max_distance = max_len, num_buckets, max_distance
-        table = {"max_len": max_len, "num_buckets": num_buckets, "max_distance": max_distance}
-        self.rel_pos_bias = RelativeBias(rel_pos_bias, num_heads, bidirectional=not causal, **table, **dd) if rel_pos_bias else None
+        self.q_norm = nn.RMSNorm(self.head_dim, 1e-6, **dd) if qk_norm else nn.Identity()
+        self.k_norm = nn.RMSNorm(self.head_dim, 1e-6, **dd) if qk_norm else nn.Identity()
+        self.rel_pos_bias = None
+        if rel_pos_bias:
+            self.rel_pos_bias = RelativeBias(rel_pos_bias, num_heads, not causal, max_len, num_buckets, max_distance, **dd)
 
     def forward(
         self,

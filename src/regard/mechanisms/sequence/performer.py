@@ -70,8 +70,8 @@ class PerformerAttention(Mechanism):
         layout="sequence",
         paper=Paper(
             title="Rethinking Attention with Performers",
-            authors="Krzysztof Choromanski, Valerii Likhosherstov, David Dohan, Xingyou Song, Andreea Gane, Tamas Sarlos, Peter Hawkins, Jared Davis, "
-            "Afroz Mohiuddin, Lukasz Kaiser, David Belanger, Lucy Colwell, Adrian Weller",
+            authors="Krzysztof Choromanski, Valerii Likhosherstov, David Dohan, Xingyou Song, Andreea Gane, Tamas Sarlos, Peter Hawkins, "
+            "Jared Davis, Afroz Mohiuddin, Lukasz Kaiser, David Belanger, Lucy Colwell, Adrian Weller",
             venue="ICLR",
             year=2021,
             arxiv="2009.14794",
@@ -94,7 +94,7 @@ class PerformerAttention(Mechanism):
             {"dim": 24, "num_heads": 2, "num_features": 16, "eps": 0.0, "per_head_features": True, "learnable_features": True, "normalize_qk": True},
             {"dim": 24, "num_heads": 2, "feature_map": "softmax"},
         ),
-        # "favor+" measures the 1e-6 of causal key sums against the largest of all keys; the other maps are exact (tests/mechanisms/test_performer.py).
+        # "favor+" measures the 1e-6 of causal key sums against the largest of all keys; maps without it are exact (their tests).
         bounds={"prefix_property": 0.2, "steps_equal_the_whole": 0.2},
     )
     official: ClassVar = (
@@ -268,18 +268,16 @@ class PerformerAttention(Mechanism):
         out = fq @ (sums + self._map.floor(w) * values)
         total = out[..., -1:] + 1e-6 * fq.sum(-1, keepdim=True)
         out = out[..., :-1] / (total if self.denom_min is None else total.clamp_min(self.denom_min))
-        shifts = (c.expand_as(state.key_shift) for c in (ck, cq))
-        return self.out_proj(merge_heads(out.to(v.dtype)))[:, 0], PerformerState(sums, values, *shifts, state.position + 1)
+        ck, cq = ck.expand_as(state.key_shift), cq.expand_as(state.query_shift)
+        return self.out_proj(merge_heads(out.to(v.dtype)))[:, 0], PerformerState(sums, values, ck, cq, state.position + 1)
 
     def _split(self, x: Tensor, source: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_heads(t, self.num_heads) for t in (self.q_proj(x), self.k_proj(source), self.v_proj(source)))
         if self.q_scale is not None and self.k_scale is not None:
             q, k = F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
         if self.rope:
-            q, k = (
-                rotary(t, torch.arange(t.shape[2], device=t.device) if positions is None else positions, self.head_dim, 10000.0, self.rope_interleaved)
-                for t in (q, k)
-            )
+            at = [torch.arange(t.shape[2], device=t.device) if positions is None else positions for t in (q, k)]
+            q, k = (rotary(t, p, self.head_dim, 10000.0, self.rope_interleaved) for t, p in zip((q, k), at, strict=True))
         return q, k, v
 
     def _per_head(self, w: Tensor, q: Tensor) -> Tensor:
@@ -293,7 +291,7 @@ class PerformerAttention(Mechanism):
         if self.feature_map == "softmax":
             return q.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1), q.new_zeros(())
         f, c = self._map(q, w, itself if self.feature_map == "favor+" else stabilise)
-        return f + self._map.floor(w), c if c.shape == () or self.feature_map != "favor+" else c.new_zeros(())
+        return f + self._map.floor(w), c
 
     def _keys(self, k: Tensor, w: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
         if self.feature_map == "softmax" and not causal:

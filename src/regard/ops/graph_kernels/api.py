@@ -94,7 +94,7 @@ def _choice(
         if frequency is None or dropout:
             return "reference", "a kernel of full rank, or dropped weights, need the N x N weights"
         (n, m), d, r = q.shape[2:], v.shape[-1], frequency.shape[-1]
-        cheaper = 2 * m * r * (d + 1) < n * (m + d + r)
+        cheaper = 2 * m * r * (d + 1) < n * (m + d + r // q.shape[1])
         return ("low_rank", f"rank {r} makes features cheaper than N x N weights") if cheaper else ("reference", "the rank is too high to pay")
     if signed:
         return "reference", "the kernel may have negative entries"

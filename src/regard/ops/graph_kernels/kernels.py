@@ -101,7 +101,7 @@ def diffusion_kernel(operator: Tensor, times: Tensor) -> Tensor:
     """exp(t_h S) for S (B, N, N) and t (H,): (B, H, N, N)."""
     spectrum = _spectrum(operator)
     if spectrum is None:
-        return torch.linalg.matrix_exp((times[:, None, None] * operator[:, None]).contiguous())
+        return torch.linalg.matrix_exp(times[:, None, None] * operator[:, None])
     values, vectors = spectrum
     return (vectors[:, None] * (times[:, None] * values[:, None]).exp()[:, :, None]) @ vectors[:, None].mT
 

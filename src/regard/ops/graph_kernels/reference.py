@@ -22,7 +22,7 @@ def softmax_weights(q: Tensor, k: Tensor, kernel: Tensor, allowed: Tensor | None
 
 def features(x: Tensor, feature_map: str, scale: float) -> Tensor:
     if feature_map == "elu":
-        return torch.nn.functional.elu(x) + 1
+        return torch.relu(x) + x.clamp_max(0.0).exp()  # elu(x) + 1; torch's elu gives a traced graph the wrong strides
     return torch.relu(x * scale) + EPS
 
 

@@ -13,7 +13,7 @@ _dispatch.register("linear_attention", "chunked")
 _dispatch.register("prefix_softmax_attention", "chunked")
 _dispatch.register("blockwise", "whole", "blocked")
 
-BLOCK = 1 << 20  # floats of temporaries in a block: 4 MB
+BLOCK = 1 << 21  # floats of temporaries in a block: 8 MB
 
 
 def linear_attention(

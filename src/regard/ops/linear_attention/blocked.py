@@ -20,13 +20,11 @@ def blocks_of(batch: int, heads: int, floats: int, limit: int) -> list[Block]:
 
 
 def run(core: Core, tensors: Sequence[Tensor | None], blocks: list[Block]) -> Tensor:
-    return _Blocked.apply(core, blocks, *tensors)
+    return _Blocked.apply(core, blocks, *tensors)  # type: ignore[return-value]
 
 
-def _cut(t: Tensor | None, block: Block) -> Tensor | None:
+def _cut(t: Tensor, block: Block) -> Tensor:
     """The block of t (B or 1, H or 1, ...)."""
-    if t is None:
-        return None
     rows, heads = block
     t = t[rows] if t.shape[0] > 1 else t
     return t[:, heads] if t.shape[1] > 1 else t
@@ -37,30 +35,26 @@ class _Blocked(torch.autograd.Function):
     def forward(ctx: Any, core: Core, blocks: list[Block], *tensors: Tensor | None) -> Tensor:
         ctx.core, ctx.blocks = core, blocks
         ctx.save_for_backward(*tensors)
-        out: Tensor | None = None
-        for block in blocks:
-            part = core(*[_cut(t, block) for t in tensors])
-            if out is None:
-                batch, heads = blocks[-1][0].stop, blocks[-1][1].stop
-                out = part.new_empty(batch, part.shape[2], heads, part.shape[3]).transpose(1, 2)  # heads merge without a copy
+        parts = (core(*[t if t is None else _cut(t, block) for t in tensors]) for block in blocks)
+        part = next(parts)
+        rows, heads = blocks[-1]
+        out = part.new_empty(rows.stop, part.shape[2], heads.stop, part.shape[3]).transpose(1, 2)  # heads merge without a copy
+        out[blocks[0]] = part
+        for block, part in zip(blocks[1:], parts, strict=True):
             out[block] = part
-        assert out is not None
         return out
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-        tensors, wanted = ctx.saved_tensors, ctx.needs_input_grad[2:]
-        shared = [w and t.shape[:2] != grad.shape[:2] for t, w in zip(tensors, wanted, strict=True)]
-        grads = [(torch.zeros_like(t) if s else torch.empty_like(t)) if w else None for t, w, s in zip(tensors, wanted, shared, strict=True)]
+        tensors = ctx.saved_tensors
+        wanted = [i for i, needed in enumerate(ctx.needs_input_grad[2:]) if needed]
+        totals = {i: torch.zeros_like(tensors[i]) for i in wanted}
         for block in ctx.blocks:
-            cuts = [_cut(t, block) for t in tensors]
-            leaves = [c.detach().requires_grad_() if w else c for c, w in zip(cuts, wanted, strict=True)]
+            leaves = {i: _cut(tensors[i], block).detach().requires_grad_() for i in wanted}
             with torch.enable_grad():
-                part = ctx.core(*leaves)
-            some = torch.autograd.grad(part, [c for c, w in zip(leaves, wanted, strict=True) if w], grad[block], materialize_grads=True)
-            for total, one, add in zip([g for g in grads if g is not None], some, [s for s, w in zip(shared, wanted, strict=True) if w], strict=True):
-                target = _cut(total, block)
-                assert target is not None
-                target.add_(one) if add else target.copy_(one)
-        return None, None, *grads
+                part = ctx.core(*[leaves[i] if i in leaves else t if t is None else _cut(t, block) for i, t in enumerate(tensors)])
+            found = torch.autograd.grad(part, list(leaves.values()), grad[block], materialize_grads=True)
+            for i, one in zip(wanted, found, strict=True):
+                _cut(totals[i], block).add_(one)
+        return None, None, *[totals.get(i) for i in range(len(tensors))]

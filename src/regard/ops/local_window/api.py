@@ -13,7 +13,8 @@ from .window import Window
 _dispatch.register("window_apply", "shifted", "tiles")
 _dispatch.register("window_attention", "blocks", "sdpa")
 
-# From this many channels of a group on, building the banded matrices of "tiles" pays (measured on the CPU, docs in benchmarks/peers/local.py).
+# When upsampling, from this many channels of a group on, building the banded matrices of "tiles" pays. Measured on a CPU, k = 5, s = 2, forward and
+# backward: 4 channels 17 ms shifted, 38 ms tiles; 16: 17, 15; 32: 17, 9; 64: 16, 7. With s = 1, k = 3 to 7, shifted wins or ties at all of them.
 TILES_FROM = 24
 
 
@@ -21,7 +22,7 @@ def window_apply(weights: Tensor, values: Tensor, window: Window, *, groups: str
     """y[c, p] = sum over the window j of weights[g(c), j, p] values[c, p_j].
 
     Args:
-        weights: (B, G, k^2, H', W'), or (B, G, k^2, s^2, H, W) with scale_factor=s: the weights of the s x s output pixels over a source pixel.
+        weights: (B, G, k^2, H', W'), or with scale_factor=s (B, G, k^2, s^2, H, W): those of the s x s output pixels over a source pixel.
         values: (B, C, H, W).
         window: where p_j is; a pixel outside the map has the value zero, or that of its mirror image with padding="reflect".
         groups: g(c) is c // (C / G) ("contiguous") or c % G ("interleaved").
@@ -46,9 +47,10 @@ def window_apply(weights: Tensor, values: Tensor, window: Window, *, groups: str
 
 
 def _apply(w: Tensor, v: Tensor, window: Window, scale: int) -> Tensor:
-    plain, wide = window.stride == 1 and window.dilation == 1, v.shape[2] >= TILES_FROM
-    why = "many channels a group: a dense product for each tile" if plain and wide else "one multiply-add of maps for each shift"
-    impl = _dispatch.choose("window_apply", "tiles" if plain and wide and _dispatch.on_cpu(v) else "shifted", why)
+    plain = window.stride == 1 and window.dilation == 1
+    tiled = plain and scale > 1 and v.shape[2] >= TILES_FROM and _dispatch.on_cpu(v)
+    why = "upsampling of many channels a group: a dense product for each tile" if tiled else "one multiply-add of maps for each shift"
+    impl = _dispatch.choose("window_apply", "tiles" if tiled else "shifted", why)
     require(impl != "tiles" or plain, "the tiles way of window_apply has no stride or dilation, got {}", window)
     reach = window.first + window.dilation * (window.kernel_size - 1)
     if window.padding == "reflect":
@@ -93,12 +95,13 @@ def window_attention(
 ) -> Tensor:
     """Softmax attention where the queries of a block of the map share one window of keys.
 
-    logits = scale q . k + rel_scale (q . rel[0][i - y + win - 1] + q . rel[1][j - x + win - 1]) for query (y, x) of its block, key (i, j) of its window.
+    logits = scale q . k + rel_scale (q . rel[0][i - y + win - 1] + q . rel[1][j - x + win - 1]), query (y, x) of a block, key (i, j) of its window.
 
     Args:
         q: (B, heads, d, H', W'), where H' = H / window.stride, as a strided convolution gives it.
         k, v: (B, heads, d, H, W), (B, heads, dv, H, W).
-        window: of kernel_size `win`, beginning offset_first before a block; padding "zero": pixels outside take part, as zero vectors; "mask": not.
+        window: its kernel_size is `win`, its offset_first from the block's first pixel. Pixels outside the map take part as zero vectors with
+            padding="zero", not at all with "mask".
         block: side of a block, in pixels of k; the last blocks of a map may stick out.
         rel: tables of rows and columns, (2 win - 1, d) each.
 
@@ -129,8 +132,10 @@ def _check_blocks(q: Tensor, k: Tensor, rel: tuple[Tensor, Tensor], window: Wind
     win, (height, width) = window.kernel_size, k.shape[-2:]
     check_divisible(block, window.stride, "block", "stride")
     require(window.dilation == 1 and window.padding != "reflect", "blocks have windows without dilation or reflection, got {}", window)
-    require(win + window.first >= block and window.first <= 0, "a window of {} from {} does not cover its block of {}", win, window.first, block)
+    covers = win + window.first >= block and window.first <= 0
+    require(covers, "a window of {} from {} does not cover its block of {}", win, window.first, block)
     wanted = (*q.shape[:2], q.shape[2], -(-height // window.stride), -(-width // window.stride))
     require(tuple(q.shape) == wanted, "q must be {} for k {}, got {}", wanted, tuple(k.shape), tuple(q.shape))
     for table in rel:
-        require(tuple(table.shape) == (2 * win - 1, q.shape[2]), "rel must have tables {}, got {}", (2 * win - 1, q.shape[2]), tuple(table.shape))
+        wanted = (2 * win - 1, q.shape[2])
+        require(tuple(table.shape) == wanted, "rel must have tables {}, got {}", wanted, tuple(table.shape))

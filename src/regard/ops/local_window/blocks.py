@@ -71,7 +71,7 @@ class _Blocks:
     def boxes(self) -> Iterator[Box]:
         width = 2 * self.side**2 + self.q.shape[2] + self.v.shape[2] + 2 * self.win
         unit = self.columns * self.win**2 * width * self.dtype.itemsize
-        return chunks((*self.q.shape[:2], self.rows), unit, self.q.device)
+        return chunks((self.q.shape[0], self.q.shape[1], self.rows), unit, self.q.device)
 
     def queries(self, box: Box) -> Tensor:
         """(blocks, queries, d + 2 win): scaled queries and their codes."""

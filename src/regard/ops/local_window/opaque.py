@@ -1,4 +1,4 @@
-"""The fast ways as operators with their own backward: whole to torch.compile and torch.export, counted, and usable under torch.func.vmap."""
+"""The fast ways as operators with their own backward: whole to torch.compile and torch.export, counted, usable under torch.func.vmap."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -107,7 +107,9 @@ def _attention_flops(
 
 
 @register_flop_formula(torch.ops.regard.window_attention_backward)
-def _attention_backward_flops(dy_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, rel_shape: Any, win: int, block: int, *args: Any, **kwargs: Any) -> int:
+def _attention_backward_flops(
+    dy_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, rel_shape: Any, win: int, block: int, *args: Any, **kwargs: Any
+) -> int:
     """As the fused kernels count it: the logits once more, and the gradients of both factors of every product."""
     forward, (batch, heads, d, height, width) = _attention_flops(q_shape, k_shape, v_shape, rel_shape, win, block), q_shape
     side = rel_shape[0] // 2 - win + 1

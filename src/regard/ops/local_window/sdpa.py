@@ -21,7 +21,8 @@ def attend(q: Tensor, k: Tensor, v: Tensor, rel: tuple[Tensor, Tensor], window: 
     bias = torch.einsum("bnyxd,ywd->bnyxw", pixels, high)[..., :, None] + torch.einsum("bnyxd,xwd->bnyxw", pixels, wide)[..., None, :]
     bias = bias.flatten(-2).flatten(2, 3).to(q.dtype)
     if window.padding == "mask":
-        real = split(k.new_ones(1, 1, 1, *k.shape[-2:]), win, block, window.first, rows, columns).reshape(1, rows * columns, 1, 1, win * win)
+        real = split(k.new_ones(1, 1, 1, *k.shape[-2:]), win, block, window.first, rows, columns)
+        real = real.reshape(1, rows * columns, 1, 1, win * win)
         bias = bias.unflatten(0, (-1, rows * columns)).masked_fill(real == 0, float("-inf")).flatten(0, 1)
     out = F.scaled_dot_product_attention(q, keys, values, attn_mask=bias, scale=scale)
     out = out.unflatten(0, (-1, rows, columns)).permute(0, 3, 1, 2, 5, 4)

@@ -1,4 +1,4 @@
-"""window_apply as one multiply-add of whole maps for each of the k^2 shifts: no map is ever copied k^2 times. Best for few channels a group."""
+"""window_apply as one multiply-add of whole maps for each of the k^2 shifts: no map is copied k^2 times. Best for few channels a group."""
 
 from collections.abc import Iterator
 
@@ -28,7 +28,8 @@ def backward(dy: Tensor, w: Tensor, v: Tensor, kernel: int, stride: int, dilatio
     batch, groups, channels = v.shape[:3]
     phases, (height, width) = scale * scale, w.shape[-2:]
     acc = accumulator(v)
-    dw, dv = torch.zeros_like(w, dtype=acc, memory_format=torch.contiguous_format), torch.empty_like(v, memory_format=torch.contiguous_format)
+    dw = torch.zeros_like(w, dtype=acc, memory_format=torch.contiguous_format)
+    dv = torch.empty_like(v, memory_format=torch.contiguous_format)
     for b, g, c in chunks((batch, groups, channels), 2 * phases * height * width * acc.itemsize, v.device):
         weights, x = w[b, g].to(acc), v[b, g, c].to(acc)
         dout = _phases(dy[b, g, c], scale).to(acc).flatten(3, 4).contiguous()
@@ -49,7 +50,9 @@ def _phases(y: Tensor, scale: int) -> Tensor:
     return y.unflatten(-1, (-1, scale)).unflatten(-3, (-1, scale)).movedim((-3, -1), (-4, -3))
 
 
-def _shifts(w: Tensor, v: Tensor, kernel: int, stride: int, dilation: int, first: int) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
+def _shifts(
+    w: Tensor, v: Tensor, kernel: int, stride: int, dilation: int, first: int
+) -> Iterator[tuple[int, tuple[slice, slice], tuple[slice, slice]]]:
     """For each pixel of the window: its index, the output pixels for which it is inside the map, and where it then is."""
 
     def along(outputs: int, inputs: int, offset: int) -> tuple[slice, slice]:

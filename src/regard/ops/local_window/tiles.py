@@ -1,7 +1,7 @@
 """window_apply as a dense product for each tile of t x t pixels: (channels x keys of the tile) (keys x outputs of the tile).
 
-The k^2 weights of each pixel are laid out in a banded matrix that is zero elsewhere. That multiplies ((t + k - 1) / k)^2 times more than needed,
-at the full speed of matrix products: best for many channels a group.
+The k^2 weights of each pixel are laid out in a banded matrix that is zero elsewhere. That multiplies ((t + k - 1) / k)^2 times more than
+needed, at the full speed of matrix products: best for many channels a group.
 """
 
 from collections.abc import Iterator
@@ -50,7 +50,7 @@ class _Tiles:
     def boxes(self) -> Iterator[Box]:
         keys, outs = self.side**2, (self.t * self.scale) ** 2
         unit = self.columns * (keys * outs + self.v.shape[2] * (keys + outs)) * self.dtype.itemsize
-        return chunks((*self.v.shape[:2], self.rows), unit, self.v.device)
+        return chunks((self.v.shape[0], self.v.shape[1], self.rows), unit, self.v.device)
 
     def keys(self, box: Box) -> Tensor:
         """(tiles, C, side^2): the pixels that a tile sees."""

@@ -115,7 +115,7 @@ def write_blocks(x: Tensor, rows: slice, blocks: Tensor) -> None:
 
 
 def split(x: Tensor, size: int, step: int, first: int, rows: int, columns: int) -> Tensor:
-    """(B, N, d, H, W) -> (B, N, rows, columns, d, size, size), windows at first, first + step, ...; zero outside the map. Differentiable."""
+    """(B, N, d, H, W) -> (B, N, rows, columns, d, size, size): windows at first, first + step, ...; zero outside. Differentiable."""
     high, wide = (step * (n - 1) + size + first - length for n, length in ((rows, x.shape[-2]), (columns, x.shape[-1])))
     return windows(F.pad(x, (-first, wide, -first, high)), size, step)
 

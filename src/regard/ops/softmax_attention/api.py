@@ -35,13 +35,13 @@ def attend(
         (B, H, N, dv); a query without any allowed key gets zeros, and passes finite gradients.
     """
     n, m, d = q.shape[2], k.shape[2], q.shape[3]
-    scale = d**-0.5 if scale is None else scale
+    factor = d**-0.5 if scale is None else scale
     k, v = _repeat_heads(k, q.shape[1]), _repeat_heads(v, q.shape[1])
     if causal and (n != m or mask is not None or bias is not None):
         mask, causal = combine_masks(mask, causal_mask(n, m, q.device)), False
     impl = _dispatch.choose("softmax_attention", "fused", "scaled_dot_product_attention never stores the N x M weights")
     if impl == "reference":
-        return reference.attend(q, k, v, scale, causal_mask(n, m, q.device) if causal else mask, bias, dropout)
+        return reference.attend(q, k, v, factor, causal_mask(n, m, q.device) if causal else mask, bias, dropout)
     if bias is not None:
         mask = bias.to(q.dtype) if mask is None else bias.to(q.dtype).masked_fill(~mask, float("-inf"))
     if mask is not None and mask.ndim < 4:
@@ -49,7 +49,7 @@ def attend(
     dv = v.shape[-1]
     if d != dv:  # with unequal widths the kernel would fall back to storing the weights
         q, k, v = _widen(q, dv), _widen(k, dv), _widen(v, d)
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=scale)[..., :dv]
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=factor)[..., :dv]
 
 
 def attention_weights(

@@ -111,7 +111,7 @@ class Columns:
 
 @dataclass(frozen=True)
 class Piece:
-    """One dense attention. `mask(device)` is boolean, broadcastable to (P, Q, L, keys); `causal` hides later keys by index (L = keys)."""
+    """One dense attention. `mask(device)` is boolean, broadcastable to (P, Q, L, keys); `causal` hides later keys by index: L keys, no mask."""
 
     queries: View
     keys: View
@@ -151,9 +151,7 @@ def _plan(name: str, options: tuple[int, ...], n: int, num_heads: int) -> Plan:
     return PLANNERS[name](n, num_heads, *options)
 
 
-def block_attend(
-    q: Tensor, k: Tensor, v: Tensor, plan: str, options: Sequence[int] = (), *, scale: float, key_mask: Tensor | None = None
-) -> Tensor:
+def block_attend(q: Tensor, k: Tensor, v: Tensor, plan: str, options: Sequence[int] = (), *, scale: float, key_mask: Tensor | None = None) -> Tensor:
     """softmax(scale q k^T) v over the pairs of a plan.
 
     Args:
@@ -218,6 +216,7 @@ def _samples(x: Tensor) -> list[slice]:
 
 
 def _pad(x: Tensor, rows: int) -> Tensor:
+    x = x if x.stride(-1) == 1 else x.contiguous()  # the CPU kernel takes that for granted
     return x if x.shape[1] == rows else F.pad(x, (0, 0) * (x.ndim - 2) + (0, rows - x.shape[1]))
 
 
@@ -338,8 +337,8 @@ def _keep(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> N
     ctx.save_for_backward(q, k, v, *output, key_mask)
 
 
-def _differentiate(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Any, ...]:
-    return *_call(block_attention_backward, grad, *ctx.saved_tensors, *ctx.options), None, None, None, None
+def _differentiate(ctx: Any, *grads: Tensor) -> tuple[Any, ...]:
+    return *_call(block_attention_backward, grads[0], *ctx.saved_tensors, *ctx.options), None, None, None, None
 
 
 class _Forward(torch.autograd.Function):

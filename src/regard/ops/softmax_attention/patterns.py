@@ -195,9 +195,7 @@ def _automatic(pattern: SparsePattern, q: Tensor, attn_mask: Tensor | None, drop
 
 
 @planner
-def sparse(
-    n: int, num_heads: int, kind: int, stride: int, summary: int, num_stripes: int, head_mode: int, layer_index: int, causal: int
-) -> Plan:
+def sparse(n: int, num_heads: int, kind: int, stride: int, summary: int, num_stripes: int, head_mode: int, layer_index: int, causal: int) -> Plan:
     """The pieces of `SparsePattern.numbers()`. Where both factors hold a pair, A0 leaves it to A1 or, for own blocks of causal "fixed", A1 to A0."""
     pattern = SparsePattern(KINDS[kind], stride or None, summary, num_stripes, MODES[head_mode], layer_index, bool(causal))
     period = pattern.period(n)

@@ -31,10 +31,25 @@ class _Max(Function):
     @staticmethod
     def backward(ctx, grad):
         x, top = ctx.saved_tensors
-        # In place the comparison keeps the floating type, and is then vectorised.
-        hit = x.detach().clone().eq_(top.detach().unsqueeze(ctx.dim))
+        hit = _Hit.apply(x.detach(), top.detach().unsqueeze(ctx.dim))
         count = hit.sum(ctx.dim, dtype=torch.promote_types(x.dtype, torch.float32))
         return hit * (grad / count).to(x.dtype).unsqueeze(ctx.dim), None
+
+
+class _Hit(Function):
+    """x == top as zeros and ones of the type of x: a comparison into booleans is not vectorised, and four times slower."""
+
+    @staticmethod
+    def forward(x: Tensor, top: Tensor) -> Tensor:
+        return torch.eq(x, top, out=torch.empty_like(x))
+
+    @staticmethod
+    def setup_context(ctx, inputs, output) -> None:
+        ctx.mark_non_differentiable(output)
+
+    @staticmethod
+    def vmap(info, in_dims, x, top):
+        return _Hit.apply(x.movedim(in_dims[0], 0), top.movedim(in_dims[1], 0)), 0
 
 
 class _AttentionPool(Function):

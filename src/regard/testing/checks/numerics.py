@@ -166,7 +166,7 @@ def heads_and_groups_matter(subject: Subject) -> None:
             if other == subject.options[option]:
                 continue
             try:
-                changed = subject.build(**{option: other})
+                changed = subject.with_options(**{option: other}).build()
             except RegardError:
                 continue
             shapes = {n: p.shape for n, p in changed.state_dict().items()}

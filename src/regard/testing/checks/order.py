@@ -1,6 +1,7 @@
 """Order: causality, permutations, steps, weights."""
 
 import inspect
+from typing import Any
 
 import torch
 
@@ -40,7 +41,8 @@ def prefix_property(subject: Subject) -> None:
 @check(needs=("step",))
 def steps_equal_the_whole(subject: Subject) -> None:
     """Position by position gives what the whole sequence gives."""
-    module, x = _causal(subject), subject.inputs(9)["x"]
+    module: Any = _causal(subject)
+    x = subject.inputs(9)["x"]
     with torch.no_grad():
         whole = forward(module, {"x": x})
         state, steps = module.init_state(x.shape[0]), []
@@ -135,6 +137,7 @@ def starts_as_identity(subject: Subject) -> None:
 @check(needs=("gate",), layouts=("map",))
 def gate_alone_equals_the_module(subject: Subject) -> None:
     """x * gate(x) is the module, so that the gate can be fused into a residual addition."""
-    module, inputs = subject.build(), subject.inputs()
+    module: Any = subject.build()
+    inputs = subject.inputs()
     with torch.no_grad():
         close(inputs["x"] * module.gate(inputs["x"]), forward(module, inputs), 1e-5, "x * gate(x)")

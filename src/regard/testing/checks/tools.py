@@ -10,9 +10,10 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor
+from torch.utils.checkpoint import checkpoint
 
-from ... import ops
 from ...errors import RegardError
+from ...ops._dispatch import use_impl
 from ..subject import Subject, tensors
 from ..suite import NotApplicable, check, expect
 from ._common import close, forward, gradients
@@ -97,8 +98,8 @@ def checkpointing_equals(subject: Subject) -> None:
             super().__init__()
             self.inner = module
 
-        def forward(self, **kwargs: Tensor) -> Any:
-            return torch.utils.checkpoint.checkpoint(self.inner, use_reentrant=False, **kwargs)
+        def forward(self, **kwargs: Any) -> Any:
+            return checkpoint(self.inner, use_reentrant=False, **kwargs)
 
     _, again = gradients(Recomputed(), inputs)
     for name, value in plain.items():
@@ -179,7 +180,7 @@ def fast_paths_equal_the_reference(subject: Subject) -> None:
             out, found = gradients(module, inputs)
         except RegardError:
             continue
-        with ops._dispatch.use_impl("reference"):
+        with use_impl("reference"):
             out2, found2 = gradients(module, inputs)
         close(out, out2, 2e-5, f"fast path at size {size}")
         scale = max(v.abs().max().item() for v in found2.values())
