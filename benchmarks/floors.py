@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from regard.workbench.measure import calibrate, cpu_name
+from regard.workbench.measure import calibrate, cpu_name, peak_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import PEERS
@@ -104,7 +104,7 @@ def measure(case: Case, seconds: float) -> Iterator[Row]:
             passes["forward+backward"] = lambda model, cotangent=cotangent: both(model, x, cotangent)
         for run, call in passes.items():
             times = interleaved([lambda model=model, call=call: call(model) for model in models], seconds)
-            peaks = [peak_mb(lambda model=model, call=call: call(model)) for model in models]
+            peaks = [peak_bytes(lambda model=model, call=call: call(model), x.device) / 1e6 for model in models]
             faster, leaner = times[1] / times[0], peaks[1] / peaks[0]
             floor = case.floor_forward if run == "forward" else case.floor_both
             memory = case.floor_memory if run != "forward" else (20.0 if case.id == "multi_head" and case.shape[1] == 4096 else None)
@@ -138,18 +138,6 @@ def interleaved(calls: list[Callable[[], None]], seconds: float) -> list[float]:
             call()
             found.append(1e3 * (time.perf_counter() - begin))
     return [statistics.median(found) for found in times]
-
-
-def peak_mb(call: Callable[[], None]) -> float:
-    """Megabytes alive at most at a time during the call, by the allocator's events."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        call()
-    live = most = 0
-    events = profiler.profiler.kineto_results.events()  # pyright: ignore
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most / 1e6
 
 
 def write(rows: list[Row], about: str) -> None:

@@ -1,13 +1,8 @@
 """Public forms of the neighbourhood mechanisms, re-expressed for timing: the same operations in the same order, on the same weights.
 
 Each takes one of our modules and copies its weights through `regard.official.to_official`, so outputs must be equal.
-`python benchmarks/peers/local.py` prints both, medians of interleaved rounds, with peak bytes as the allocator saw them. On a machine with other
-work use `OMP_WAIT_POLICY=PASSIVE python benchmarks/peers/local.py --cpu`: CPU seconds of a thread in place of wall seconds.
 """
 
-import statistics
-import sys
-import time
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -77,56 +72,3 @@ class UnfoldCarafe(nn.Module):
 
 PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module]]] = {"halo": {"timm": TimmHalo}, "carafe": {"unfold": UnfoldCarafe}}
 
-
-def _peak(run: Callable[[], object]) -> float:
-    """MB that live at most at a time during `run`, by the allocator's events: temporaries inside operators count."""
-    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
-        run()
-    live = most = 0
-    results: Any = getattr(profiler.profiler, "kineto_results")  # noqa: B009
-    for event in sorted((e for e in results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
-        most = max(most, live)
-    return most / 1e6
-
-
-def main() -> None:
-    import regard
-
-    torch.set_num_threads(2)
-    clock = (lambda: time.process_time() / 2) if "--cpu" in sys.argv else time.perf_counter
-    print(f"{'case':34}{'forward ms':>24}{'with backward ms':>26}{'MB forward':>20}{'MB with backward':>22}")
-    cases = [("halo", {"num_heads": heads, "block_size": 7, "halo_size": 3}, size) for size in ((64, 56), (256, 28)) for heads in (4, 8)]
-    cases += [("carafe", {}, size) for size in ((64, 56), (256, 28))]
-    for name, options, (channels, side) in cases:
-        ours = regard.create(name, channels, **options)
-        ((peer_name, build),) = PEERS[name].items()
-        models = [ours, build(ours)]
-        x = torch.randn(4, channels, side, side)
-        torch.testing.assert_close(models[0](x), models[1](x))
-        g = torch.randn_like(ours(x))
-
-        def forward(model: nn.Module, x: Tensor = x) -> None:
-            with torch.no_grad():
-                model(x)
-
-        def both(model: nn.Module, x: Tensor = x, g: Tensor = g) -> None:
-            torch.autograd.grad(model(x.requires_grad_()), [x, *model.parameters()], g)
-
-        cells = []
-        for run in (forward, both):
-            times: list[list[float]] = [[], []]
-            for turn in range(9):
-                for at, model in enumerate(models):
-                    start = clock()
-                    run(model)
-                    if turn > 1:
-                        times[at].append(1e3 * (clock() - start))
-            cells.append([statistics.median(t) for t in times])
-        cells += [[_peak(lambda run=run, model=model: run(model)) for model in models] for run in (forward, both)]
-        label = f"{name} {options.get('num_heads', '')} B4 C{channels} {side}x{side} / {peer_name}"
-        print(f"{label:34}" + "".join(f"{a:9.1f} /{b:8.1f} {b / a:5.1f}x" for a, b in cells), flush=True)
-
-
-if __name__ == "__main__":
-    main()

@@ -77,7 +77,12 @@ def test_orthogonality_loss() -> None:
 
 def test_files_of_the_authors_hold_more() -> None:
     net, (a, b) = module(gate_bias=True), pair()
-    state = {**regard.to_official(net), "encoder.layer1.0.conv1.weight": torch.zeros(1), "main_classifier1.bias": torch.zeros(1), "softmax": torch.zeros(1)}
+    state = {
+        **regard.to_official(net),
+        "encoder.layer1.0.conv1.weight": torch.zeros(1),
+        "main_classifier1.bias": torch.zeros(1),
+        "softmax": torch.zeros(1),
+    }
     assert state["gate.weight"].shape == (1, 6, 1, 1) and state["gate.bias"].shape == (1,)
     assert torch.equal(regard.load_official(regard.create("co_attention", 6, gate_bias=True).double().eval(), state)(a, b)[0], net(a, b)[0])
     with pytest.raises(RegardError, match="main_classifier3"):

@@ -177,7 +177,12 @@ def test_start() -> None:
 
 
 def test_wrong_calls() -> None:
-    for options, words in (({"dims": 4}, "dims=4"), ({"mode": "cosine"}, "cosine"), ({"hidden_channels": 0}, "hidden_channels=0"), ({"norm": "layer"}, "layer")):
+    for options, words in (
+        ({"dims": 4}, "dims=4"),
+        ({"mode": "cosine"}, "cosine"),
+        ({"hidden_channels": 0}, "hidden_channels=0"),
+        ({"norm": "layer"}, "layer"),
+    ):
         with pytest.raises(RegardError, match=words):
             regard.create("non_local", 6, **options)
     with pytest.raises(RegardError, match="size of 2"):

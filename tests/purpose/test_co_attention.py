@@ -39,7 +39,7 @@ class Mean(nn.Module):
         return self.norm(self.conv(torch.cat([a.mean((2, 3), keepdim=True).expand_as(a), a], 1))).relu(), b
 
 
-def train(relate: nn.Module, steps: int = 800) -> float:
+def train(relate: nn.Module, steps: int = 1000) -> float:
     """Intersection over union on unseen scenes."""
     generator = torch.Generator().manual_seed(1)
     embed = nn.Conv2d(CHANNELS, WIDTH, 1)
@@ -61,11 +61,10 @@ def train(relate: nn.Module, steps: int = 800) -> float:
 
 @pytest.mark.slow
 def test_the_common_object_is_found() -> None:
-    """Measured intersection over union: MEASURED."""
+    """Measured intersection over union: 0.92 (0.84 with another seed); with the mean in the place of the summary 0.0, nothing is found."""
     torch.manual_seed(0)
     ours = train(regard.create("co_attention", WIDTH))
     torch.manual_seed(0)
     mean = train(Mean())
-    print(ours, mean)
     assert ours > 0.8
     assert mean < 0.5

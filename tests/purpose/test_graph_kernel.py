@@ -60,7 +60,7 @@ def accuracy(**options) -> float:
 
 
 def test_walks_reach_where_neighbours_do_not():
-    """Do two hubs lie 6 or 18 apart? Accuracy on new graphs after 400 steps.
+    """Do two hubs lie 6 or 18 apart? Accuracy on new graphs after 400 steps. Measured: walks of 10 nodes 0.997, one hop 0.527.
 
     The test first proposed, whether a tree of 60 nodes closes a cycle of 16 to 24 or one of 4, was learned by neither in this time (one hop 0.51,
     walks of 6 nodes 0.53, of 10 nodes 0.53): degrees, all a node is given, hardly differ there.
@@ -71,12 +71,12 @@ def test_walks_reach_where_neighbours_do_not():
 
 
 def test_exact_visits_are_the_mean_of_walks():
-    """The largest difference falls as one over the square root of the number of walks."""
+    """The root mean square difference falls as one over the root of the number of walks. Measured: 0.0261 for 50, 0.0066 for 800."""
     generator = torch.Generator().manual_seed(0)
     graphs, _ = caterpillars(2, generator)
     exact, errors = regard.create("graph_kernel", 8, 2).random_walk_frequency(graphs, 6, 0.9), []
-    for walks in (50, 800, 12800):
+    for walks in (50, 800):
         drawn = regard.create("graph_kernel", 8, 2).random_walk_frequency(graphs, 6, 0.9, num_walks=walks, generator=generator)
         errors.append((drawn - exact).square().mean().sqrt().item())
     print("rms difference", errors)
-    assert 3 < errors[0] / errors[1] < 5.3 and 3 < errors[1] / errors[2] < 5.3
+    assert 3 < errors[0] / errors[1] < 5.3

@@ -4,16 +4,16 @@ import os
 import platform
 import statistics
 import time
-import weakref
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_flatten
 from torch.utils.flop_counter import FlopCounterMode
+
+from ..ops import _flops  # noqa: F401  (the fused CPU kernel is counted)
 
 MIB = 2**20
 
@@ -39,69 +39,34 @@ class Rates:
         return 1e-6 * max(counted.flops / self.gflops, counted.least_bytes / self.gbytes)
 
 
-class PeakMemory(TorchDispatchMode):
-    """Counts the live bytes of storages that appear while it is on: `peak` is their largest sum, `live` the present one.
-
-    A storage counts once however many views it has, and until it is freed. Storages of `known` tensors (inputs, parameters) do not
-    count, nor
-    does scratch space inside an operator that never becomes a tensor.
-    """
-
-    def __init__(self, known: Sequence[Tensor] = ()) -> None:
-        super().__init__()
-        self.live = 0
-        self.peak = 0
-        self._sizes: dict[int, int] = {}
-        self._watch: dict[int, Any] = {}
-        # Held, so that no address of a known storage is given to a new one.
-        self._known = [tensor.untyped_storage() for tensor in known]
-        self._ids = {storage._cdata for storage in self._known}
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_flatten(out)[0]:
-            if isinstance(leaf, Tensor):
-                self._note(leaf)
-        return out
-
-    def _note(self, tensor: Tensor) -> None:
-        try:
-            storage = tensor.untyped_storage()
-        except NotImplementedError:
-            return
-        key = storage._cdata
-        if key in self._ids:
-            return
-        size = storage.nbytes()
-        if key not in self._sizes:
-            self._watch[key] = weakref.ref(storage, lambda _, key=key: self._forget(key))
-        self.live += size - self._sizes.get(key, 0)
-        self._sizes[key] = size
-        self.peak = max(self.peak, self.live)
-
-    def _forget(self, key: int) -> None:
-        self.live -= self._sizes.pop(key, 0)
-        self._watch.pop(key, None)
-
-
-def _cpu_flash_flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    """2mnk for the scores and for the mixing; torch counts the other kernels of the same attention so, but not this one."""
-    batch, heads, rows, width = q
-    return 2 * batch * heads * rows * k[2] * (width + v[3])
+def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
+    """Bytes alive at most at a time during the call beyond what was there before, by the allocator's events: scratch inside operators counts."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        call()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
+        kept = call()
+    live = most = 0
+    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
+    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
+        live += event.nbytes()
+        most = max(most, live)
+    del kept
+    return most
 
 
 def count(model: nn.Module, inputs: Sequence[Tensor]) -> Counted:
     """FLOPs (2mnk a product, element-wise work not counted) and peak bytes beyond inputs and parameters of one pass without gradients."""
     known = [*model.parameters(), *model.buffers(), *inputs]
-    flash = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
-    counter = FlopCounterMode(display=False, custom_mapping={flash: _cpu_flash_flops})
-    with torch.no_grad(), counter:
-        model(*inputs)
-    memory = PeakMemory(known)
-    with torch.no_grad(), memory:
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
         out = model(*inputs)
+    with torch.no_grad():
+        peak = peak_bytes(lambda: model(*inputs), inputs[0].device)
     outputs = [leaf for leaf in tree_flatten(out)[0] if isinstance(leaf, Tensor)]
-    return Counted(float(counter.get_total_flops()), memory.peak, sum(t.numel() * t.element_size() for t in (*known, *outputs)))
+    return Counted(float(counter.get_total_flops()), peak, sum(t.numel() * t.element_size() for t in (*known, *outputs)))
 
 
 def latencies(

@@ -55,9 +55,7 @@ class CrissCrossAttention(Mechanism):
     )
     official: ClassVar = (
         KeyMap("CCNet", _CONVOLUTIONS),
-        KeyMap(
-            "mmcv", (*_CONVOLUTIONS, Rule(("gamma.scale",), ("gamma",), lambda t, _: [t[0].reshape(1)], lambda t, _: [t[0].reshape(())]))
-        ),
+        KeyMap("mmcv", (*_CONVOLUTIONS, Rule(("gamma.scale",), ("gamma",), lambda t, _: [t[0].reshape(1)], lambda t, _: [t[0].reshape(())]))),
     )
 
     def __init__(self, channels: int, reduction: int = 8, recurrence: int = 2, dims: Literal[2, 3] = 2, *, device=None, dtype=None) -> None:

@@ -62,9 +62,7 @@ class CoAttention(Mechanism):
         returns=("a", "b", "weights_a", "weights_b"),
         uncertain="The symmetric and channel forms, and the gate's bias, are in the paper alone.",
     )
-    official: ClassVar = (
-        KeyMap("COSNet", (pointwise("gate.*", "gate_proj.*"),), ignore=(r"encoder\..*", r"main_classifier[12]\..*", r"softmax.*")),
-    )
+    official: ClassVar = (KeyMap("COSNet", (pointwise("gate.*", "gate_proj.*"),), ignore=(r"encoder\..*", r"main_classifier[12]\..*", r"softmax.*")),)
 
     def __init__(
         self,
@@ -102,9 +100,7 @@ class CoAttention(Mechanism):
             nn.init.normal_(self.conv1.weight, std=0.01)
             nn.init.normal_(self.conv2.weight, std=0.01)
 
-    def forward(
-        self, a: Float[Tensor, "b c ha wa"], b: Float[Tensor, "b c hb wb"], *, return_weights: bool = False
-    ) -> Pair | tuple[Pair, Pair]:
+    def forward(self, a: Float[Tensor, "b c ha wa"], b: Float[Tensor, "b c hb wb"], *, return_weights: bool = False) -> Pair | tuple[Pair, Pair]:
         """Returns (y_a, y_b), or that and the weights ((B, Na, Nb), (B, Nb, Na)), positions in row-major order."""
         check_map(a, self.channels, name="a")
         check_map(b, self.channels, name="b")

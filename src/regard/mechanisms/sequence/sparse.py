@@ -68,8 +68,9 @@ class SparseAttention(Mechanism):
         bounds={"prefix_property": float("inf")},
         example={"dim": 16, "num_heads": 4},
         variants=(
-            {"dim": 16, "num_heads": 4, "pattern": "fixed", "num_stripes": 2},
-            {"dim": 16, "num_heads": 4, "pattern": "fixed", "summary": 2, "head_mode": "split", "causal": False},
+            {"dim": 16, "num_heads": 4, "stride": 4},
+            {"dim": 16, "num_heads": 4, "pattern": "fixed", "stride": 5, "num_stripes": 2},
+            {"dim": 16, "num_heads": 4, "pattern": "fixed", "stride": 3, "summary": 2, "head_mode": "split", "causal": False},
             {"dim": 18, "num_heads": 3, "head_mode": "split", "causal": False, "qkv_bias": False},
         ),
     )

@@ -1,6 +1,6 @@
 """Additive-relu affinity in O((N + M) log M): the keys that a query reaches are the first ones in descending order of b.
 
-    sum_j relu(a_i + b_j) v_j = a_i V[k_i] + U[k_i],   V, U prefix sums of v and b v in that order,   k_i = #{j: b_j > -a_i}
+sum_j relu(a_i + b_j) v_j = a_i V[k_i] + U[k_i],   V, U prefix sums of v and b v in that order,   k_i = #{j: b_j > -a_i}
 """
 
 import torch
