@@ -18,6 +18,8 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
+os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # read when torch is loaded; else the memory counter reports every start and stop
+
 import torch
 from torch import Tensor, nn
 
@@ -58,7 +60,11 @@ def cases() -> list[Case]:
     out += [Case("carafe", {}, s, floor_both=5.0, floor_memory=3.0) for s in MAPS]
     out += [Case("sparse", {**tokens, "stride": 64}, (2, 4096, 256), floor_both=4.0), Case("sparse", {**tokens, "stride": 64}, (2, 1024, 256))]
     out += [Case("multi_head", tokens, (2, n, 256), floor_forward=f, training=False) for n, f in ((1024, None), (4096, 2.0))]
-    out += [Case(id, {**tokens, **extra}, (2, n, 256)) for id, extra in (("luna", {"memory_len": 128}), ("performer", {}), ("efficient", {})) for n in (1024, 4096)]
+    out += [
+        Case(id, {**tokens, **extra}, (2, n, 256))
+        for id, extra in (("luna", {"memory_len": 128}), ("performer", {}), ("efficient", {}))
+        for n in (1024, 4096)
+    ]
     out += [Case("lstm_cell", {"input_size": 256, "hidden_size": 256}, (8, 256, 256))]
     return out
 

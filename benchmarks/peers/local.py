@@ -71,4 +71,3 @@ class UnfoldCarafe(nn.Module):
 
 
 PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module]]] = {"halo": {"timm": TimmHalo}, "carafe": {"unfold": UnfoldCarafe}}
-

@@ -1,9 +1,9 @@
 """regard: attention mechanisms for PyTorch, equal to their authors' code, fast, and compared on your problem.
 
-    >>> import regard, torch
-    >>> block = regard.create("multi_head", dim=64, num_heads=4)
-    >>> block(torch.zeros(2, 10, 64)).shape
-    torch.Size([2, 10, 64])
+>>> import regard, torch
+>>> block = regard.create("multi_head", dim=64, num_heads=4)
+>>> block(torch.zeros(2, 10, 64)).shape
+torch.Size([2, 10, 64])
 """
 
 from .card import Card, Paper

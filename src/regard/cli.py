@@ -120,7 +120,9 @@ class Check:
     target: Annotated[Positional[tuple[str, ...]], arg(metavar="ID|PACKAGE:CLASS...", help="`all` stands for every id")]
     only: Annotated[tuple[str, ...], arg(metavar="CHECK...", help="names of checks to run; all that apply if left out")] = ()
     layout: Annotated[Layout | None, arg(metavar="LAYOUT", help="of a class without a card")] = None
-    options: Annotated[str | None, arg(metavar="KEY=VALUE,...", help="constructor arguments as key=value,key=value, for example dim=32,num_heads=4")] = None
+    options: Annotated[
+        str | None, arg(metavar="KEY=VALUE,...", help="constructor arguments as key=value,key=value, for example dim=32,num_heads=4")
+    ] = None
     can: Annotated[tuple[str, ...], arg(metavar="NAME...", help="capabilities of a class without a card")] = ()
     json: Json = False
 
@@ -196,7 +198,9 @@ class Verify:
 class Compare:
     """Train mechanisms on one task under equal conditions; write a table, results.db and report.html."""
 
-    candidates: Annotated[Positional[tuple[str, ...]], arg(metavar="CANDIDATE...", help="ids, none, or package.module:Class; options as id:key=value[,key=value]")]
+    candidates: Annotated[
+        Positional[tuple[str, ...]], arg(metavar="CANDIDATE...", help="ids, none, or package.module:Class; options as id:key=value[,key=value]")
+    ]
     task: Annotated[str, arg(help="source, source_lm, digits, listops, mqar, shapes; options as task:key=value")]
     out: Annotated[Path | None, arg(metavar="FOLDER", help="for results.db, report.html, results.csv and pictures; runs/TASK if left out")] = None
     lengths: Annotated[str | None, arg(metavar="N,N", help="training lengths, 256,1024 or 1k,4k (side of the map for map tasks)")] = None
@@ -218,7 +222,9 @@ class Compare:
 
         out = Path("runs") / self.task.split(":")[0] if self.out is None else self.out
         fields = {f: getattr(self, f) for f in self.__dataclass_fields__ if f not in ("lengths", "cost_lengths", "out")}
-        config = CompareConfig(**fields, out=out, lengths=_lengths(self.lengths, "--lengths"), cost_lengths=_lengths(self.cost_lengths, "--cost-lengths"))
+        config = CompareConfig(
+            **fields, out=out, lengths=_lengths(self.lengths, "--lengths"), cost_lengths=_lengths(self.cost_lengths, "--cost-lengths")
+        )
         compare(config, console)
         return OK
 

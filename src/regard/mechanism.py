@@ -30,4 +30,6 @@ class Mechanism(nn.Module):
 
     def extra_repr(self) -> str:
         names = [name for name in inspect.signature(type(self).__init__).parameters if name not in ("self", "device", "dtype")]
-        return ", ".join(f"{name}={getattr(self, name)!r}" for name in names if hasattr(self, name) and not isinstance(getattr(self, name), nn.Module))
+        return ", ".join(
+            f"{name}={getattr(self, name)!r}" for name in names if hasattr(self, name) and not isinstance(getattr(self, name), nn.Module)
+        )

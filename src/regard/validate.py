@@ -1,6 +1,7 @@
 """Checks of what users pass, done before any work: each names the argument, what it is and what it must be."""
 
-from torch import Tensor, bool as torch_bool
+from torch import Tensor
+from torch import bool as torch_bool
 
 from .errors import require, require_type
 
@@ -31,7 +32,15 @@ def check_map(x: Tensor, channels: int, dims: int | None = 2, name: str = "x") -
     space = axes[dims] if dims else "*space"
     ok = x.ndim == dims + 2 if dims else x.ndim >= 3
     require(ok, "{} must be (batch, {}, {}), got {} axes: {}", name, channels, space, x.ndim, tuple(x.shape))
-    require(x.shape[1] == channels, "{} has {} channels but this module was made with channels={}; {} is {}", name, x.shape[1], channels, name, tuple(x.shape))
+    require(
+        x.shape[1] == channels,
+        "{} has {} channels but this module was made with channels={}; {} is {}",
+        name,
+        x.shape[1],
+        channels,
+        name,
+        tuple(x.shape),
+    )
     require(min(x.shape[2:]) > 0, "{} has an empty spatial axis: {}", name, tuple(x.shape))
 
 
@@ -66,4 +75,3 @@ def check_divisible(value: int, by: int, name: str, by_name: str) -> None:
 
 def check_option(value: object, choices: tuple[object, ...], name: str) -> None:
     require(value in choices, "{}={!r} is not one of {}", name, value, choices)
-

@@ -48,7 +48,7 @@ def test_recurrence_of_one_call() -> None:
 
 
 def test_gamma_of_mmcv() -> None:
-    state = {name: t for name, t in regard.to_official(module(), "mmcv").items()}
+    state = regard.to_official(module(), "mmcv")
     assert state["gamma.scale"].shape == () and state["value_conv.weight"].shape == (8, 8, 1, 1)
     other, x = regard.load_official(module(gamma=0.0), state), torch.randn(1, 8, 4, 5, dtype=torch.float64)
     assert torch.equal(other(x), module()(x))

@@ -67,9 +67,7 @@ def test_gate_only_where_it_is_one():
 def test_average_pooling_passes_the_checks():
     options = {"channels": 8, "reduction": 2, "pool": "avg", "fusion": ("mul",), "zero_init": False}
     subject = replace(subjects_of("gc")[0], options=options, _cache={}, can=frozenset({"permutation_equivariant", "gate"}))
-    outcomes = list(
-        run(subject, only=("cost_formula_is_what_is_counted", "gradcheck_in_float64", "any_size", "gate_alone_equals_the_module"))
-    )
+    outcomes = list(run(subject, only=("cost_formula_is_what_is_counted", "gradcheck_in_float64", "any_size", "gate_alone_equals_the_module")))
     assert len(outcomes) == 4 and not [o.message for o in outcomes if o.status == "fail"]
     assert make(8, reduction=2, pool="avg")(torch.randn(1, 8, 2, 2), return_weights=True)[1] is None
 

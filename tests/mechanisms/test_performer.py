@@ -81,6 +81,15 @@ def test_equals_its_equations_in_value_and_gradient(options, causal):
         assert torch.allclose(ours, theirs, atol=1e-9)
 
 
+def test_masked_keys_leave_the_maximum():
+    """All projections negative: a masked key counted as zero would be the largest, and be felt through eps."""
+    module = make(eps=0.1)
+    module.projection.copy_(-module.projection.abs())
+    q, k, v = (torch.rand(2, 2, 9, 6, dtype=torch.float64) + 1 for _ in range(3))
+    mask = torch.arange(9).expand(2, 9) < 6
+    assert torch.allclose(module.attend(q, k, v, key_mask=mask), module.attend(q, k[:, :, :6], v[:, :, :6]), atol=1e-12)
+
+
 @pytest.mark.parametrize("options", MAPS, ids=str)
 def test_a_step_ends_the_sequence_so_far(options):
     """`step` gives what the module gives the prefix, exactly; its state is plain tensors that a file can hold."""

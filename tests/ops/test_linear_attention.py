@@ -46,6 +46,16 @@ def test_no_key_gives_zeros_and_finite_gradients():
     assert all((g == 0).all() for g in gradients)
 
 
+@pytest.mark.parametrize("causal", [False, True])
+def test_what_is_masked_may_be_anything(causal):
+    """Padding may hold NaN or infinities, in keys and in values."""
+    q, k, v = (torch.rand(1, 1, 6, 4) for _ in range(3))
+    mask = torch.tensor([[[True, True, True, True, False, False]]])
+    expected = linear_attention(q, k, v, mask=mask, causal=causal, normalize=True)
+    k[:, :, 4], v[:, :, 5] = float("nan"), float("inf")
+    assert torch.equal(linear_attention(q, k, v, mask=mask, causal=causal, normalize=True), expected)
+
+
 def test_half_precision_sums_in_float32():
     """3000 positions of 1: a float16 sum would stop at 2048."""
     ones = torch.ones(1, 1, 3000, 1, dtype=torch.float16)

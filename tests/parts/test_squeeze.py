@@ -16,9 +16,7 @@ from regard.parts.squeeze import BottleneckMLP, hidden_width, pool_global
 FORMS = {
     "position_max": position_max,
     "channel_max": channel_max,
-    "attention": lambda x: torch.cat(
-        [t.flatten() for t in attention_pool(x, torch.linspace(-1, 1, x.shape[1], dtype=x.dtype), x.new_ones(1))]
-    ),
+    "attention": lambda x: torch.cat([t.flatten() for t in attention_pool(x, torch.linspace(-1, 1, x.shape[1], dtype=x.dtype), x.new_ones(1))]),
 }
 
 

@@ -12,17 +12,16 @@ pytestmark = pytest.mark.slow
 
 @pytest.mark.parametrize("causal", [False, True])
 def test_time_doubles_with_the_length(causal):
-    """Measured, CPU time on a loaded machine: 1.7, 2.1, 2.3 for each doubling from 1024 to 8192, causal 2.1, 2.6, 1.7."""
-    module, times = regard.create("luna", 64, 4, memory_len=16, causal=causal).eval(), []
+    """Measured, CPU time from 1024 to 8192 positions: 6.4 to 9.5 times (causal 8.2 to 9.5), on a loaded machine; doubling would be 8 times."""
+    module, sizes = regard.create("luna", 64, 4, memory_len=16, causal=causal).eval(), (1024, 2048, 4096, 8192)
+    inputs, best = [torch.randn(2, n, 64) for n in sizes], [float("inf")] * 4
     with torch.no_grad():
-        for n in (1024, 2048, 4096, 8192):
-            x, best = torch.randn(2, n, 64), float("inf")
-            for _ in range(6):
+        for _ in range(15):
+            for i, x in enumerate(inputs):
                 start = time.process_time()
                 module(x)
-                best = min(best, time.process_time() - start)
-            times.append(best)
-    assert (times[-1] / times[0]) ** (1 / 3) < 2.3
+                best[i] = min(best[i], time.process_time() - start)
+    assert best[-1] / best[0] < 2.3**3
 
 
 def test_a_memory_as_long_as_the_input_copies_it():

@@ -112,9 +112,7 @@ def fake_summary() -> Summary:
     """A comparison such as `regard compare` makes: six candidates, three seeds, two lengths."""
     rng = random.Random(3)
     made = [
-        fake_candidate(
-            "multi_head", 0.392, 5.0, 1.9, rng=rng, paper="Vaswani et al., Attention Is All You Need, NeurIPS 2017, arXiv:1706.03762"
-        ),
+        fake_candidate("multi_head", 0.392, 5.0, 1.9, rng=rng, paper="Vaswani et al., Attention Is All You Need, NeurIPS 2017, arXiv:1706.03762"),
         fake_candidate(
             "luna:memory_len=32",
             0.388,
@@ -137,9 +135,7 @@ def fake_summary() -> Summary:
             cannot=("causal", "attn_mask", "step"),
             checked_against="public",
         ),
-        fake_candidate(
-            "performer", 0.352, 4.4, 1.05, rng=rng, crossover_length=512, cannot=("weights", "attn_mask"), checked_against="equations"
-        ),
+        fake_candidate("performer", 0.352, 4.4, 1.05, rng=rng, crossover_length=512, cannot=("weights", "attn_mask"), checked_against="equations"),
         fake_candidate(
             "none", 0.301, 1.1, 0.98, rng=rng, title="No attention: every position alone", id=None, checked_against="", crossover_length=128
         ),
@@ -190,9 +186,7 @@ def awkward_summary() -> Summary:
     made.append(fake_candidate(HOSTILE, 1.95, 5.0, 1.5, rng=rng, id=None, title="<b>bold</b>", checked_against=HOSTILE, cannot=(HOSTILE,)))
     made.append(fake_candidate("a.b:Same:a_long_option_name=1", 1.93, 5.0, 1.5, rng=rng))
     candidates = [
-        replace(
-            c, score={n: Estimate(e.mean, None, e.values[:1]) for n, e in c.score.items()}, time_exponent=nan if k == 2 else c.time_exponent
-        )
+        replace(c, score={n: Estimate(e.mean, None, e.values[:1]) for n, e in c.score.items()}, time_exponent=nan if k == 2 else c.time_exponent)
         for k, (c, _) in enumerate(made)
     ]
     bad = tuple(Cost("failing", n, 8, nan, nan, nan, nan, 0, nan, nan, "out of memory: <8 GiB & counting>") for n in COST_LENGTHS)
@@ -210,9 +204,7 @@ def awkward_summary() -> Summary:
     task = replace(TASK, title="Text8", metric="bits per byte", higher_is_better=False, chance=8.0, length_name="side")
     trials = [t for _, several in made for t in several if t.seed == 0]
     trials.append(
-        TrialResult(
-            "failing", 1024, 0, "failed", "not a number in the loss </script>", None, 120, None, (CurvePoint(50, 1600, 3.0, nan, nan),)
-        )
+        TrialResult("failing", 1024, 0, "failed", "not a number in the loss </script>", None, 120, None, (CurvePoint(50, 1600, 3.0, nan, nan),))
     )
     return replace(
         fake_summary(),
@@ -228,9 +220,7 @@ def awkward_summary() -> Summary:
 def single(summary: Summary) -> Summary:
     """One candidate, one length, one seed."""
     c = summary.candidates[0]
-    c = replace(
-        c, score={256: Estimate(0.4, None, (0.4,))}, costs=c.costs[1:2], time_exponent=None, memory_exponent=None, flops_exponent=None
-    )
+    c = replace(c, score={256: Estimate(0.4, None, (0.4,))}, costs=c.costs[1:2], time_exponent=None, memory_exponent=None, flops_exponent=None)
     trials = tuple(t for t in summary.trials if (t.candidate, t.length, t.seed) == (c.name, 256, 0))
     return replace(summary, candidates=(c,), lengths=(256,), cost_lengths=(256,), seeds=(0,), trials=trials, pictures=())
 
@@ -340,10 +330,7 @@ def test_conclusion_is_honest_about_noise() -> None:
     assert "`multi_head` is best" in clear and "beyond the 95 % intervals" in clear and "a batch" in clear
     assert conclusion(scores(summary, (0.5, 0.06), (0.4, 0.06))).startswith("No difference in accuracy beyond the noise of 3 seeds")
     partly = conclusion(scores(summary, (0.5, 0.01), (0.49, 0.01), (0.3, 0.01)))
-    assert (
-        "no different beyond the noise of 3 seeds from `luna:memory_len=32`" in partly
-        and "`luna:memory_len=32` is the fastest of them" in partly
-    )
+    assert "no different beyond the noise of 3 seeds from `luna:memory_len=32`" in partly and "`luna:memory_len=32` is the fastest of them" in partly
     assert "one seed cannot tell" in conclusion(scores(summary, (0.5, None), (0.4, None)))
     assert conclusion(scores(summary, (0.11, 0.02), (0.1, 0.02))).startswith("No candidate is better than chance (0.1")
     assert "better than chance" not in conclusion(scores(summary, (0.5, 0.6), (0.4, 0.01)))

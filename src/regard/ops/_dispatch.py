@@ -59,7 +59,9 @@ def use_impl(every: str | None = None, /, **by_op: str) -> Iterator[None]:
     for op, impl in by_op.items():
         require(op in IMPLS, "use_impl: there is no operation {!r}; there are {}", op, sorted(IMPLS))
         require(impl in IMPLS[op], "use_impl: {} has no implementation {!r}; it has {}", op, impl, IMPLS[op])
-    require(every in (None, "reference"), "use_impl: only 'reference' exists for every operation, got {!r}; name the operation: op={!r}", every, every)
+    require(
+        every in (None, "reference"), "use_impl: only 'reference' exists for every operation, got {!r}; name the operation: op={!r}", every, every
+    )
     before = _forced
     _forced = {**before, **({"*": every} if every else {}), **by_op}
     try:

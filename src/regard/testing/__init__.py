@@ -1,7 +1,7 @@
 """Checks that any attention module can be put through, and the replay of golden files.
 
-    from regard.testing import check
-    check("my_package:MyAttention")      # or a class, or an id: raises CheckFailed listing every fault
+from regard.testing import check
+check("my_package:MyAttention")      # or a class, or an id: raises CheckFailed listing every fault
 """
 
 from collections.abc import Iterable, Mapping

@@ -202,9 +202,7 @@ def _named(result: Any, names: tuple[str, ...], wanted: set[str]) -> dict[str, T
     return {"": next(iter(out.values()))} if wanted == {""} and out else out
 
 
-def _gradients(
-    golden: Golden, module: nn.Module, inputs: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]]
-) -> dict[str, tuple[Tensor, Tensor]]:
+def _gradients(golden: Golden, module: nn.Module, inputs: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:
     module.zero_grad()
     loss = torch.stack([(actual * cotangent).sum() for actual, cotangent in pairs]).sum()
     loss.backward()

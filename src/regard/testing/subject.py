@@ -19,7 +19,14 @@ Inputs = dict[str, Tensor]
 Size = int | tuple[int, ...]
 
 # First constructor argument -> layout, for classes that carry no card.
-_FIRST_ARGUMENT = {"dim": "sequence", "embed_dim": "sequence", "d_model": "sequence", "channels": "map", "in_channels": "map", "input_size": "recurrent"}
+_FIRST_ARGUMENT = {
+    "dim": "sequence",
+    "embed_dim": "sequence",
+    "d_model": "sequence",
+    "channels": "map",
+    "in_channels": "map",
+    "input_size": "recurrent",
+}
 _SIGNS = {"key_mask": "key_mask", "attn_mask": "attn_mask", "mask": "mask", "context": "cross", "return_weights": "weights"}
 
 
@@ -142,13 +149,15 @@ def tensors(result: Any) -> list[Tensor]:
 
 def subjects_of(id: str) -> list[Subject]:
     """The example and the variants of a mechanism of the registry."""
+    card = registry.card(id)
+    return [_subject(id, options, variant=at > 0) for at, options in enumerate((card.example, *card.variants))]
+
+
+def _subject(id: str, options: Mapping[str, Any], variant: bool = True) -> Subject:
     card, kind = registry.card(id), registry.get(id)
-    out = []
-    for index, options in enumerate((card.example, *card.variants)):
-        layout = options.get("layout", card.layout)
-        name = id if index == 0 else f"{id}({', '.join(f'{k}={v!r}' for k, v in options.items())})"
-        out.append(Subject(name, kind, dict(options), layout, _applying(card, kind, options), card, lenient=index > 0))
-    return out
+    name = f"{id}({', '.join(f'{k}={v!r}' for k, v in options.items())})" if variant else id
+    layout = options.get("layout", card.layout)
+    return Subject(name, kind, dict(options), layout, _applying(card, kind, options), card, lenient=variant)
 
 
 def _applying(card: Card, kind: Callable[..., nn.Module], options: Mapping[str, Any]) -> frozenset[str]:
@@ -167,8 +176,7 @@ def resolve(target: str, *, layout: str | None = None, options: Mapping[str, Any
         RegardError: no such id, module or class, or what to build cannot be told; the text says which option to give.
     """
     if ":" not in target:
-        subjects = subjects_of(target)
-        return [replace(s, options={**s.options, **options}) for s in subjects[:1]] if options else subjects
+        return [_subject(target, {**registry.card(target).example, **options})] if options else subjects_of(target)
     kind = load_class(target)
     own = getattr(kind, "card", None)
     if isinstance(own, Card):
@@ -176,7 +184,9 @@ def resolve(target: str, *, layout: str | None = None, options: Mapping[str, Any
         return [Subject(target, kind, example, own.layout, _applying(own, kind, example), own)]
     parameters = list(inspect.signature(kind).parameters)
     layout = layout or getattr(kind, "layout", None) or (_FIRST_ARGUMENT.get(parameters[0]) if parameters else None)
-    require(layout is not None, "cannot tell what {} works on: its first argument is {!r}; say --layout sequence, map, set, ...", target, parameters[:1])
+    require(
+        layout is not None, "cannot tell what {} works on: its first argument is {!r}; say --layout sequence, map, set, ...", target, parameters[:1]
+    )
     require(layout in get_args(Layout), "layout={!r} is not one of {}", layout, get_args(Layout))
     example = options or getattr(kind, "example", None) or ({parameters[0]: 16} if parameters else {})
     signs = inspect.signature(kind.forward).parameters

@@ -30,7 +30,9 @@ class Check:
     compiles: bool
 
     def applies(self, subject: Subject) -> bool:
-        return self.needs <= subject.can and (not self.layouts or subject.layout in self.layouts) and (not self.needs_card or subject.card is not None)
+        return (
+            self.needs <= subject.can and (not self.layouts or subject.layout in self.layouts) and (not self.needs_card or subject.card is not None)
+        )
 
 
 @dataclass(frozen=True)

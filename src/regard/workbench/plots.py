@@ -106,9 +106,7 @@ def _growth(figure: Any, summary: Summary) -> None:
     for axes, (key, title, text, base) in zip(figure.subplots(1, 3), parts, strict=True):
         for i, candidate in enumerate(summary.candidates):
             points = [
-                (c.length, getattr(c, key))
-                for c in candidate.costs
-                if finite(c.latency_ms) and finite(getattr(c, key)) and getattr(c, key) > 0
+                (c.length, getattr(c, key)) for c in candidate.costs if finite(c.latency_ms) and finite(getattr(c, key)) and getattr(c, key) > 0
             ]
             axes.plot(*zip(*sorted(points), strict=True), **_style(i)) if points else None
         _log(axes.xaxis, lambda value: f"{value:,.0f}", base=2)

@@ -117,9 +117,7 @@ def render(summary: Summary) -> str:
     words = {"metric": task.metric, "Metric": task.metric[:1].upper() + task.metric[1:], "length_name": task.length_name}
     shown = longest_scored(summary) or max(summary.lengths, default=None)
     short = labels(summary)
-    figures = {
-        key: (title.format_map(words), text.format_map(words)) for key, title, text in FIGURES if key != "pictures" or summary.pictures
-    }
+    figures = {key: (title.format_map(words), text.format_map(words)) for key, title, text in FIGURES if key != "pictures" or summary.pictures}
     view = {
         "labels": [short[c.name] for c in summary.candidates],
         "shapes": SHAPES,

@@ -300,9 +300,7 @@ def cells(summary: Summary, candidate: CandidateSummary, length: int) -> dict[st
 
 def checked_badge(candidate: CandidateSummary) -> tuple[str, str]:
     """Label and full text of what the candidate was checked against."""
-    return CHECKED.get(
-        candidate.checked_against, (candidate.checked_against, "As its card says.") if candidate.checked_against else UNCHECKED
-    )
+    return CHECKED.get(candidate.checked_against, (candidate.checked_against, "As its card says.") if candidate.checked_against else UNCHECKED)
 
 
 def cannot_badges(candidate: CandidateSummary) -> list[tuple[str, str]]:

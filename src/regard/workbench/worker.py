@@ -86,10 +86,9 @@ class Worker:
         self._answers, write_answers = os.pipe()
         self._buffer = b""
         self._log = tempfile.TemporaryFile()  # noqa: SIM115 - open as long as the process
-        # The import path travels along, so that what the parent can import the worker can. Threads that sleep instead of spinning
-        # while they wait
-        # cost nothing on a free machine and a step is five times faster on a busy one.
-        environment = {"OMP_WAIT_POLICY": "passive", **os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
+        # The import path travels along, so that what the parent can import the worker can. Threads that sleep while they wait cost little on
+        # a free machine and make steps several times faster on a busy one. The memory counter is to count, not to report.
+        environment = {"OMP_WAIT_POLICY": "passive", "KINETO_LOG_LEVEL": "99", **os.environ, "PYTHONPATH": os.pathsep.join(p for p in sys.path if p)}
         command = [sys.executable, "-m", "regard.workbench.worker", str(read_requests), str(write_answers), str(os.getpid())]
         self._process = subprocess.Popen(
             command, pass_fds=(read_requests, write_answers), stdin=subprocess.DEVNULL, stdout=self._log, stderr=self._log, env=environment

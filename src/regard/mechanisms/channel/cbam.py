@@ -120,12 +120,15 @@ class ConvolutionalBlockAttention(Mechanism):
             if zero_init:
                 zero_init_(self.conv if spatial_norm is None else self.norm)
 
-    def forward(
-        self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False
-    ) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
         """(B, C, H, W) -> the same, or that and the gates (B, C, 1, 1) and (B, 1, H, W), None without a spatial gate."""
         channel, gated, spatial = self._gates(x)
-        out = gated if spatial is None else gated * spatial
+        if spatial is None:
+            out = gated
+        elif gated.requires_grad or spatial.requires_grad:
+            out = gated * spatial
+        else:  # nothing else holds this map
+            out = gated.mul_(spatial)
         return (out, (channel, spatial)) if return_weights else out
 
     def gate(self, x: Float[Tensor, "b channels h w"]) -> Tensor:

@@ -1,2 +1,1 @@
-"""Attention on graph nodes, modulated by a kernel that says how near two nodes are.
-"""
+"""Attention on graph nodes, modulated by a kernel that says how near two nodes are."""

@@ -18,14 +18,13 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ...card import Card, Paper
-from ...errors import require, require_type
+from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule
 from ...ops import graph_kernels as gk
 from ...ops._precision import full_precision
-from ...ops.graph_kernels.kernels import knowable
 from ...parts.heads import merge_heads, split_heads
-from ...validate import check_divisible, check_floating, check_mask, check_option, check_tokens
+from ...validate import check_divisible, check_mask, check_option, check_tokens
 
 
 class GraphKernelAttention(Mechanism):
@@ -147,27 +146,26 @@ class GraphKernelAttention(Mechanism):
         """
         check_tokens(x, self.dim)
         check_mask(node_mask, *x.shape[:2], name="node_mask")
+        learns, linear = self.kernel in ("diffusion", "taylor"), self.attention == "linear"
         require(kernel is None or frequency is None, "kernel and frequency are both given; {} needs one", type(self).__name__)
         if kernel is not None:
-            self._check(kernel, x, "kernel", square=True, most=4)
-        elif frequency is not None:
-            self._check(frequency, x, "frequency", square=False, most=3)
-            with full_precision(x):
-                frequency = gk.normalise_rows(frequency[None] if frequency.ndim == 2 else frequency, self.kernel_norm)
-        else:
-            require(self.kernel == "none" or adjacency is not None, "kernel={!r} needs the adjacency, or a kernel, or a frequency", self.kernel)
-            if adjacency is not None:
-                self._check(adjacency, x, "adjacency", square=True, most=3)
-            kernel = x.new_ones(1, 1, 1).expand(1, x.shape[1], x.shape[1]) if self.kernel == "none" else self._kernel(adjacency, node_mask)
-        if kernel is not None:
+            gk.check_matrix(kernel, "kernel", x, heads=self.num_heads, signed=linear or learns)
             kernel = kernel[None] if kernel.ndim == 2 else kernel
+        elif frequency is not None:
+            gk.check_frequency(frequency, x)
+            frequency = gk.normalise_rows(frequency[None] if frequency.ndim == 2 else frequency, self.kernel_norm)
+        elif self.kernel == "none":
+            kernel = x.new_ones(1, 1, 1).expand(1, x.shape[1], x.shape[1])
+        else:
+            require(adjacency is not None, "kernel={!r} needs the adjacency, or a kernel, or a frequency", self.kernel)
+            assert adjacency is not None
+            gk.check_matrix(adjacency, "adjacency", x)
+            kernel = self._kernel(adjacency, node_mask)
         if node_mask is not None:
             x = x.masked_fill(~node_mask[..., None], 0.0)
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q_proj, self.k_proj, self.v_proj))
-        features = self.feature_map if self.attention == "linear" else None
-        drop, signed = self.dropout if self.training else 0.0, self.kernel in ("diffusion", "taylor")
-        out = gk.attend(q, k, v, kernel, frequency=frequency, signed=signed, mask=node_mask, feature_map=features, dropout=drop)
-        out = merge_heads(out)
+        way: dict[str, Any] = {"frequency": frequency, "mask": node_mask, "feature_map": self.feature_map if linear else None}
+        out = merge_heads(gk.attend(q, k, v, kernel, **way, signed=learns, dropout=self.dropout if self.training else 0.0))
         if self.activation is not None:
             out = getattr(nn.functional, self.activation)(out)
         out = out if self.out_proj is None else self.out_proj(out)
@@ -175,50 +173,26 @@ class GraphKernelAttention(Mechanism):
             out = out.masked_fill(~node_mask[..., None], 0.0)
         if not return_weights:
             return out
-        w = gk.weights(q, k, kernel, frequency=frequency, mask=node_mask, feature_map=features)
+        w = gk.weights(q, k, kernel, **way)
         return out, w if node_mask is None else w.masked_fill(~node_mask[:, None, :, None], 0.0)
 
     def kernel_of(self, adjacency: Tensor, node_mask: Tensor | None = None) -> Tensor:
         """The kernel of a graph, to be passed as `kernel=` to every layer and call on that graph: (B, N, N), or (B, H, N, N) where it learns."""
         require(self.kernel != "none", "kernel='none' makes no kernel of the adjacency")
-        self._check(adjacency, None, "adjacency", square=True, most=3)
+        gk.check_matrix(adjacency, "adjacency")
         return self._kernel(adjacency, node_mask)
 
-    def _kernel(self, adjacency: Tensor | None, node_mask: Tensor | None) -> Tensor:
-        assert adjacency is not None
-        if adjacency.layout != torch.strided and (self.kernel != "random_walk" or node_mask is not None):
-            adjacency = adjacency.to_dense()
-        adjacency = adjacency.to(torch.promote_types(adjacency.dtype, torch.float32))
-        if node_mask is not None:
-            adjacency = adjacency * (node_mask[:, :, None] & node_mask[:, None])
+    def _kernel(self, adjacency: Tensor, node_mask: Tensor | None) -> Tensor:
         with full_precision(self.q_proj.weight):
             if self.kernel == "random_walk":
-                visits = gk.random_walk_frequency(adjacency, self.walk_length, self.decay)
-                visits = gk.normalise_rows(visits[None] if visits.ndim == 2 else visits, self.kernel_norm)
-                return visits @ visits.mT
-            adjacency = adjacency[None] if adjacency.ndim == 2 else adjacency
+                return gk.random_walk_kernel(gk.real_part(adjacency, node_mask), self.walk_length, self.decay, self.kernel_norm)
+            adjacency = gk.real_part(adjacency.to_dense() if adjacency.layout != torch.strided else adjacency, node_mask)
             if self.kernel == "adjacency":
-                return ((adjacency > 0) | torch.eye(adjacency.shape[-1], device=adjacency.device, dtype=torch.bool)).to(adjacency.dtype)
+                return gk.neighbour_kernel(adjacency)
             operator = gk.symmetric_operator(adjacency)
             if self.kernel == "diffusion":
                 return gk.diffusion_kernel(operator, self.heat_params.to(operator.dtype))
             return gk.taylor_kernel(operator, self.taylor_params.to(operator.dtype))
-
-    def _check(self, given: Tensor, x: Tensor | None, name: str, *, square: bool, most: int) -> None:
-        require_type(isinstance(given, Tensor), "{} must be a tensor, got {}", name, type(given).__name__)
-        if name != "adjacency" or given.dtype != torch.bool:
-            check_floating(given, name)
-        shape = tuple(given.shape)
-        require(2 <= given.ndim <= most, "{} must have 2 to {} axes, got {}", name, most, shape)
-        require(not square or shape[-1] == shape[-2], "{} must be square in its last two axes, got {}", name, shape)
-        if x is not None:
-            require(shape[-1 if square else -2] == x.shape[1], "{} is for {} nodes but x has {}", name, shape[-1 if square else -2], x.shape[1])
-            require(given.ndim == 2 or shape[0] in (1, x.shape[0]), "{} has batch {} but x has batch {}", name, shape[0], x.shape[0])
-        require(given.ndim < 4 or shape[1] in (1, self.num_heads), "{} has {} heads but num_heads={}", name, shape[1:2], self.num_heads)
-        values = given.values() if given.layout == torch.sparse_csr else given.coalesce().values() if given.layout == torch.sparse_coo else given
-        if knowable(values) and values.dtype != torch.bool:
-            signed = name == "kernel" and (self.attention == "linear" or self.kernel in ("diffusion", "taylor"))
-            require(signed or not bool((values < 0).any()), "{} must not be negative, its smallest entry is {}", name, values.min())
 
 
 def _stack(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:

@@ -1,2 +1,1 @@
-"""A neighbourhood per pixel: attention or reassembly over a window. The window code lives in `ops/local_window`.
-"""
+"""A neighbourhood per pixel: attention or reassembly over a window. The window code lives in `ops/local_window`."""

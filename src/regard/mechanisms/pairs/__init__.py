@@ -1,2 +1,1 @@
-"""Two inputs that look at each other: frames, views, a picture and a question.
-"""
+"""Two inputs that look at each other: frames, views, a picture and a question."""

@@ -1,2 +1,1 @@
-"""Cells with gates: whole sequences, single steps, and the gates to look at.
-"""
+"""Cells with gates: whole sequences, single steps, and the gates to look at."""

@@ -225,4 +225,6 @@ class EfficientAttention(Mechanism):
 
 def _rows(layer: nn.Linear, rows: Tensor) -> Tensor:
     """(B, in, M) -> (B, out, M) in memory order; as a linear layer it would come out transposed."""
+    if rows.is_contiguous():
+        return F.conv1d(rows, layer.weight.unsqueeze(-1), layer.bias)
     return torch.baddbmm(layer.bias.unsqueeze(-1), layer.weight.expand(rows.shape[0], -1, -1), rows)

@@ -159,7 +159,10 @@ class MultiHeadAttention(Mechanism):
         k = self.k_norm(split_heads(self.k_proj(source), self.num_kv_heads))
         v = split_heads(self.v_proj(source), self.num_kv_heads)
         if self.rope:
-            q, k = self._rotate(q, positions, "positions"), self._rotate(k, context_positions if context is not None else positions, "context_positions")
+            q, k = (
+                self._rotate(q, positions, "positions"),
+                self._rotate(k, context_positions if context is not None else positions, "context_positions"),
+            )
         mask = combine_masks(key_mask[:, None, None] if key_mask is not None else None, attn_mask)
         options = {"scale": self.scale, "mask": mask, "bias": self._bias(n, m, attn_bias), "causal": self.causal}
         out = attend(q, k, v, dropout=self.dropout if self.training else 0.0, **options)

@@ -5,11 +5,7 @@ from torch import Tensor
 
 from ...errors import require
 from .._precision import full_precision
-
-
-def knowable(x: Tensor) -> bool:
-    """Whether a decision may depend on the values of `x`: not while traced, batched by vmap, or without any values."""
-    return not (torch.compiler.is_compiling() or x.is_meta or torch._C._are_functorch_transforms_active())
+from .checks import knowable
 
 
 def random_walk_frequency(
@@ -88,6 +84,28 @@ def normalise_rows(frequency: Tensor, p: float | None) -> Tensor:
         return frequency
     size = frequency.abs().sum(-1, keepdim=True) if p == 1 else torch.linalg.vector_norm(frequency, p, -1, keepdim=True)
     return frequency / size.where(size > 0, torch.ones_like(size))
+
+
+def real_part(adjacency: Tensor, node_mask: Tensor | None) -> Tensor:
+    """The adjacency in at least float32, without the edges of nodes that are not real."""
+    adjacency = adjacency.to(torch.promote_types(adjacency.dtype, torch.float32))
+    if node_mask is None:
+        return adjacency if adjacency.ndim == 3 or adjacency.layout != torch.strided else adjacency[None]
+    dense = adjacency.to_dense() if adjacency.layout != torch.strided else adjacency
+    return dense * (node_mask[:, :, None] & node_mask[:, None])
+
+
+def random_walk_kernel(adjacency: Tensor, walk_length: int, decay: float, p: float | None) -> Tensor:
+    """F F^T of normalised visits: how alike the neighbourhoods of two nodes are."""
+    visits = random_walk_frequency(adjacency, walk_length, decay)
+    visits = normalise_rows(visits[None] if visits.ndim == 2 else visits, p)
+    return visits @ visits.mT
+
+
+def neighbour_kernel(adjacency: Tensor) -> Tensor:
+    """A + I > 0."""
+    own = torch.eye(adjacency.shape[-1], device=adjacency.device, dtype=torch.bool)
+    return ((adjacency > 0) | own).to(adjacency.dtype)
 
 
 def symmetric_operator(adjacency: Tensor) -> Tensor:

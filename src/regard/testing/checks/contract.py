@@ -5,10 +5,10 @@ import re
 
 import torch
 
+from ... import registry
 from ...errors import RegardError
 from ...mechanism import Mechanism
 from ...official import load_official, to_official
-from ... import registry
 from ..subject import Inputs, Subject
 from ..suite import NotApplicable, check, expect
 from ._common import forward

@@ -176,11 +176,16 @@ def heads_and_groups_matter(subject: Subject) -> None:
             tried = True
             with torch.no_grad():
                 a, b = forward(base, subject.inputs()), forward(changed, subject.inputs())
-            expect(a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-6), "{}={} gives what {} gives: it has no effect", option, other, subject.options[option])
+            expect(
+                a.shape != b.shape or not torch.allclose(a, b, rtol=1e-4, atol=1e-6),
+                "{}={} gives what {} gives: it has no effect",
+                option,
+                other,
+                subject.options[option],
+            )
             break
     if not tried:
         raise NotApplicable("no number of heads or groups that keeps the parameters' shapes")
-
 
 
 @check()

@@ -25,7 +25,13 @@ def no_gradient_from_the_future(subject: Subject) -> None:
         (gradient,) = torch.autograd.grad(out[:, t].square().sum(), x, retain_graph=True)
         leak = gradient[:, t + 1 :].abs().max().item()
         own = gradient[:, : t + 1].abs().max().item()
-        expect(leak <= subject.bound("no_gradient_from_the_future", 0.0) * own, "output {} depends on later inputs (gradient {:.1e} against {:.1e} from the past)", t, leak, own)
+        expect(
+            leak <= subject.bound("no_gradient_from_the_future", 0.0) * own,
+            "output {} depends on later inputs (gradient {:.1e} against {:.1e} from the past)",
+            t,
+            leak,
+            own,
+        )
 
 
 @check(needs=("causal",), layouts=("sequence", "recurrent"))
@@ -131,7 +137,9 @@ def starts_as_identity(subject: Subject) -> None:
     module, inputs = subject.build(shuffle=False), subject.inputs()
     with torch.no_grad():
         out = forward(module, inputs)
-    expect(torch.equal(out, inputs[subject.main]), "a fresh module changes its input by up to {:.1e}", (out - inputs[subject.main]).abs().max().item())
+    expect(
+        torch.equal(out, inputs[subject.main]), "a fresh module changes its input by up to {:.1e}", (out - inputs[subject.main]).abs().max().item()
+    )
 
 
 @check(needs=("gate",), layouts=("map",))

@@ -11,7 +11,7 @@ CORRECT: tuple[type[nn.Module], ...] = (_base.Tokens, _base.Pool, _base.Nodes, _
 
 
 def mutants() -> dict[str, type[nn.Module]]:
-    """"package.module:Class" -> class, for every mutant."""
+    """ "package.module:Class" -> class, for every mutant."""
     found = {}
     for module in (tokens, maps):
         for name, kind in vars(module).items():
