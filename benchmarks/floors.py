@@ -60,11 +60,10 @@ def cases() -> list[Case]:
     out += [Case("carafe", {}, s, floor_both=5.0, floor_memory=3.0) for s in MAPS]
     out += [Case("sparse", {**tokens, "stride": 64}, (2, 4096, 256), floor_both=4.0), Case("sparse", {**tokens, "stride": 64}, (2, 1024, 256))]
     out += [Case("multi_head", tokens, (2, n, 256), floor_forward=f, training=False) for n, f in ((1024, None), (4096, 2.0))]
-    out += [
-        Case(id, {**tokens, **extra}, (2, n, 256))
-        for id, extra in (("luna", {"memory_len": 128}), ("performer", {}), ("efficient", {}))
-        for n in (1024, 4096)
-    ]
+    linear = (("luna", {"memory_len": 128}), ("performer", {"eps": 1e-4}), ("efficient", {}))
+    out += [Case(id, {**tokens, **extra}, (2, n, 256)) for id, extra in linear for n in (1024, 4096, 8192)]
+    causal = (("luna", {"memory_len": 16, "causal": True}), ("performer", {"causal": True}))
+    out += [Case(id, {**tokens, **extra}, (2, n, 256)) for id, extra in causal for n in (1024, 4096)]
     out += [Case("lstm_cell", {"input_size": 256, "hidden_size": 256}, (8, 256, 256))]
     return out
 

@@ -51,7 +51,7 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
     live = most = 0
     events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()
+        live += event.nbytes()  # pyright: ignore
         most = max(most, live)
     del kept
     return most

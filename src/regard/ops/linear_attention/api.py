@@ -14,6 +14,8 @@ _dispatch.register("prefix_softmax_attention", "chunked")
 _dispatch.register("blockwise", "whole", "blocked")
 
 BLOCK = 1 << 21  # floats of temporaries in a block: 8 MB
+# Up to here (64 MB) keeping them is faster than computing them again, and no single one is above 32 MB.
+KEPT = 2**24
 
 
 def linear_attention(
@@ -91,7 +93,7 @@ def blockwise(core: Callable[..., Tensor], *tensors: Tensor | None, floats: int)
     batch, heads = q.shape[:2]
     if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active() or q.device.type != "cpu":
         choice = "whole", "compiled, under a function transform or not on the CPU"
-    elif batch * heads * floats <= BLOCK:
+    elif batch * heads * floats <= (KEPT if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors) else BLOCK):
         choice = "whole", "its temporaries are small"
     else:
         choice = "blocked", "temporaries stay in the cache and none is kept for the backward pass"

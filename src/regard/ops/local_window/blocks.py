@@ -67,6 +67,7 @@ class _Blocks:
         self.rows, self.columns = (-(-n // self.side) for n in q.shape[-2:])
         self.dtype = accumulator(q)
         self.rel = rel.to(self.dtype)
+        self._keys: Tensor | None = None
 
     def boxes(self) -> Iterator[Box]:
         width = 2 * self.side**2 + self.q.shape[2] + self.v.shape[2] + 2 * self.win
@@ -113,12 +114,13 @@ class _Blocks:
     def keys(self, box: Box) -> Tensor:
         """(blocks, win^2, d + 2 win): keys and the one-hot codes of their row and column."""
         k, d, win = self._windows(self.k, box), self.k.shape[2], self.win
-        out = k.new_empty(*k.shape[:-1], d + 2 * win)
-        out[..., :d] = k
-        one = torch.eye(win, dtype=self.dtype, device=k.device).flip(0)
-        out[..., d : d + win] = one[:, None]
-        out[..., d + win :] = one
-        return out.view(-1, win * win, d + 2 * win)
+        if self._keys is None or self._keys.shape[:-1] != k.shape[:-1]:  # the codes are the same for every box
+            self._keys = k.new_empty(*k.shape[:-1], d + 2 * win)
+            one = torch.eye(win, dtype=self.dtype, device=k.device).flip(0)
+            self._keys[..., d : d + win] = one[:, None]
+            self._keys[..., d + win :] = one
+        self._keys[..., :d] = k
+        return self._keys.view(-1, win * win, d + 2 * win)
 
     def values(self, box: Box) -> Tensor:
         """(blocks, win^2, dv), with zero columns if dv is small."""

@@ -40,6 +40,9 @@ class Window:
         return -(self.kernel_size // 2) if self.offset_first is None else self.offset_first
 
 
+BUDGET = 8 * 2**20
+
+
 def accumulator(x: Tensor) -> torch.dtype:
     """Sums over a window are kept in at least float32."""
     return torch.promote_types(x.dtype, torch.float32)
@@ -47,7 +50,7 @@ def accumulator(x: Tensor) -> torch.dtype:
 
 def chunks(sizes: tuple[int, int, int], unit_bytes: int, device: torch.device) -> Iterator[tuple[slice, slice, slice]]:
     """Cut three axes into boxes of about 8 MB (so that a box stays in the cache), the last axis first; one unit at least."""
-    left = max(1, (8 if device.type == "cpu" else 256) * 2**20 // max(unit_bytes, 1))
+    left = max(1, (BUDGET if device.type == "cpu" else 256 * 2**20) // max(unit_bytes, 1))
     steps = []
     for size in reversed(sizes):
         steps.append(max(1, min(size, left)))

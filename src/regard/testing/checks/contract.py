@@ -16,10 +16,11 @@ from ._common import forward
 
 def _refused(subject: Subject, inputs: Inputs, what: str, *mentions: object) -> None:
     module = subject.build()
+    answers: tuple[type[Exception], ...] = (RegardError,) if subject.card else (ValueError, TypeError)
     try:
         with torch.no_grad():
             module(**inputs)
-    except (RegardError,) if subject.card else (ValueError, TypeError) as error:
+    except answers as error:
         absent = [str(m) for m in mentions if str(m) not in str(error)]
         expect(not absent, "{} is refused without naming {}: {}", what, absent, error)
         return
