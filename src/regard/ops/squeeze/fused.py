@@ -33,7 +33,15 @@ class _Max(Function):
         x, top = ctx.saved_tensors
         hit = _Hit.apply(x.detach(), top.detach().unsqueeze(ctx.dim))
         count = hit.sum(ctx.dim, dtype=torch.promote_types(x.dtype, torch.float32))
-        return hit * (grad / count).to(x.dtype).unsqueeze(ctx.dim), None
+        share = (grad / count).to(x.dtype).unsqueeze(ctx.dim)
+        if torch.is_grad_enabled() or torch.compiler.is_compiling() or _mapped(grad):
+            return hit * share, None
+        return hit.mul_(share), None  # one map less, where nothing can ask for it again
+
+
+def _mapped(x: Tensor) -> bool:
+    """Inside torch.func transforms, or a gradient of several cotangents at once."""
+    return torch._C._are_functorch_transforms_active() or torch._C._functorch.is_legacy_batchedtensor(x)  # pyright: ignore
 
 
 class _Hit(Function):
