@@ -6,7 +6,7 @@ READY  := .venv/.ready
 .PHONY: demo test check lint slow setup clean
 
 demo: $(READY)
-	.venv/bin/regard compare multi_head luna efficient performer --task source --seeds 3 --budget 100steps --out runs/demo/source $(RESUME)
+	.venv/bin/regard compare multi_head luna efficient performer --task source --seeds 3 --budget 200steps --out runs/demo/source $(RESUME)
 	.venv/bin/regard compare se eca cbam gc --task digits --seeds 3 --budget 60steps --out runs/demo/digits $(RESUME)
 
 test: $(READY)

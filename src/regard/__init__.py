@@ -11,6 +11,7 @@ from .errors import RegardError
 from .mechanism import Mechanism
 from .official import load_official, to_official
 from .ops._dispatch import explain, use_impl
+from .plotting import plot_gates
 from .registry import card, cards, cite, create, ids
 
 __version__ = "0.1.0"
@@ -26,6 +27,7 @@ __all__ = [
     "explain",
     "ids",
     "load_official",
+    "plot_gates",
     "to_official",
     "use_impl",
 ]

@@ -1,12 +1,13 @@
 """Pictures of what a mechanism returns. Needs matplotlib, imported when a picture is drawn."""
 
-import os
+import io
 from collections.abc import Mapping
 from pathlib import Path
 
 from torch import Tensor
 
 from .errors import RegardError, require, require_type
+from .files import write_whole
 
 
 def plot_gates(gates: Mapping[str, Tensor], path: str | Path, *, sample: int = 0) -> Path:
@@ -42,10 +43,7 @@ def plot_gates(gates: Mapping[str, Tensor], path: str | Path, *, sample: int = 0
         figure.colorbar(picture, ax=axis)
     axis.set_xlabel("time")
     path = Path(path)
-    half = path.with_name(f"{path.name}.{os.getpid()}.part")
-    try:
-        figure.savefig(half, format="png", dpi=120)
-        half.replace(path)
-    finally:
-        half.unlink(missing_ok=True)
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=120)
+    write_whole(path, buffer.getvalue())
     return path

@@ -1,12 +1,11 @@
 """The skeleton that `regard new` writes: a small mechanism of a layout, complete enough to pass its checks."""
 
-import os
 import re
-import tempfile
 from pathlib import Path
 from string import Template
 
 from .errors import require
+from .files import write_whole
 
 _HEAD = '''r"""$title: one sentence that says what the idea is.
 
@@ -133,8 +132,5 @@ def write_skeleton(id: str, layout: str, folder: Path) -> tuple[Path, str]:
     text = Template(_HEAD).substitute(_FACTS[layout], id=id, layout=layout, name=name, title=id.replace("_", " ").capitalize())
     if layout != "map":
         text = text.replace("import torch\n", "")
-    handle, temporary = tempfile.mkstemp(dir=folder, suffix=".tmp")
-    with os.fdopen(handle, "w") as file:
-        file.write(text + _BODIES[layout])
-    os.replace(temporary, path)
+    write_whole(path, text + _BODIES[layout])
     return path, name

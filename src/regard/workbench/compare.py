@@ -417,12 +417,14 @@ def _carry_out(made: Plan, records: Records, console: Console) -> Summary:
 
 def _publish(summary: Summary, config: CompareConfig, console: Console) -> Summary:
     """The files, and the table on the terminal."""
+    from .plots import write_plots
     from .report import write_report
     from .table import table
 
     try:
         write(summary, config.out)
         page = write_report(summary, config.out)
+        write_plots(summary, config.out)
     except OSError as error:
         raise RegardError(
             f"writing the report into {str(config.out)!r} failed: {error}; results.db is whole, free some space and use --resume"
@@ -430,7 +432,7 @@ def _publish(summary: Summary, config: CompareConfig, console: Console) -> Summa
     if config.json:
         console.out(to_json(summary), highlight=False, end="")
     else:
-        console.print(table(summary))
+        console.print(table(summary, console.width))
         console.print(f"report: {page}", soft_wrap=True, highlight=False)
     return summary
 
@@ -447,6 +449,7 @@ def _summary(made: Plan, records: Records) -> Summary:
         higher_is_better=task.higher_is_better,
         chance=records.fact("chance"),
         host=task.host_text(made.host, made.options),
+        length_name="side" if made.host == "map" else "length",
     )
     names = ", ".join(records.candidates())
     return summarise(

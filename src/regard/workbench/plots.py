@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import RegardError
-from .report import write_whole
+from ..files import write_whole
 from .summary import Summary, TrialResult
 from .table import bytes_text, cost_at, count_text, finite, labels, longest_scored, time_text
 

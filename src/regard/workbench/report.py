@@ -1,10 +1,7 @@
 """`report.html`: one page that stands alone, with the results, the figures and what every number means."""
 
-import contextlib
 import dataclasses
-import os
 import re
-import tempfile
 from datetime import datetime
 from pathlib import Path
 from typing import Any
@@ -13,6 +10,7 @@ import jinja2
 import msgspec
 from markupsafe import Markup, escape
 
+from ..files import write_whole
 from .summary import AttentionPicture, CandidateSummary, Estimate, Summary
 from .table import (
     COLUMNS,
@@ -87,21 +85,6 @@ def write_report(summary: Summary, out: Path) -> Path:
     path = out / "report.html"
     write_whole(path, render(summary).encode())
     return path
-
-
-def write_whole(path: Path, data: bytes) -> None:
-    """Write a file whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-        os.chmod(temporary, 0o644)
-        os.replace(temporary, path)
-    except BaseException:
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(temporary)
-        raise
 
 
 def render(summary: Summary) -> str:

@@ -7,9 +7,10 @@ measured again.
 
 import json
 import os
-import tempfile
 from pathlib import Path
 from typing import Any
+
+from ..files import write_whole
 
 
 def path() -> Path:
@@ -38,16 +39,3 @@ def _read() -> dict[str, Any]:
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def write_whole(target: Path, text: str) -> None:
-    """Write a file so that a reader sees the old one or the new one, never a part."""
-    handle, name = tempfile.mkstemp(dir=target.parent, prefix=f".{target.name}.")
-    try:
-        with os.fdopen(handle, "w") as file:
-            file.write(text)
-        os.chmod(name, 0o644)
-        os.replace(name, target)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise

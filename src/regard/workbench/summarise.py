@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ..files import write_whole
 from .measure import Counted, Rates
 from .records import Records
-from .speeds import write_whole
 from .stats import crossover, estimate, growth
 from .summary import AttentionPicture, CandidateSummary, Cost, Machine, Summary, TaskFacts, TrialResult
 
