@@ -46,6 +46,8 @@ class SqueezeExcitation(Mechanism):
         flops="4*B*channels*hidden_channels",
         grows={"N": 0.0},
         can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "gate"}),
+        checked_against="public",
+        uncertain="The authors' Caffe networks were not run; their biases are the default, the paper's equations have none.",
         example={"channels": 16, "reduction": 4},
         variants=(
             {"channels": 12, "hidden_channels": 5, "bias": False, "pool": "avg_max"},

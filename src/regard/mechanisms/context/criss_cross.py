@@ -49,6 +49,8 @@ class CrissCrossAttention(Mechanism):
         flops="recurrence*2*B*N*(channels*(2*hidden_channels + channels) + (H + W + (N//(H*W) if dims == 3 else 0))*(hidden_channels + channels))",
         grows={"N": 1.5},
         can=frozenset({"weights", "row_stochastic", "identity_start"}),
+        checked_against="authors",
+        uncertain="The 3-D form follows the paper: the authors' 3-D file scrambles the width branch and counts a position twice.",
         example={"channels": 16},
         variants=({"channels": 12, "reduction": 4, "recurrence": 1},),
         place="E",

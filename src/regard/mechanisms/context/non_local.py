@@ -68,6 +68,8 @@ class NonLocal(Mechanism):
             "row_stochastic": f"mode not in {SOFTMAX}",
             "identity_start": "not zero_init",
         },
+        checked_against="public",
+        uncertain="Replayed against mmcv and AlexHex7; the authors' Caffe2 code was read, not run.",
         example={"channels": 16},
         variants=(
             {"channels": 12, "mode": "gaussian", "hidden_channels": 5, "norm": "batch"},

@@ -60,6 +60,8 @@ class GraphKernelAttention(Mechanism):
         flops="6*B*N*dim*out_dim + 4*B*N**2*out_dim + 2*B*N**3*kernel_products + (2*B*N*out_dim**2 if out_proj else 0)",
         grows={"N": 3.0},
         can=frozenset({"weights", "row_stochastic", "permutation_equivariant"}),
+        checked_against="authors",
+        uncertain="Expected visit counts stand for the authors' sampled walks; diffusion, Taylor and linear forms follow the equations.",
         example={"dim": 16, "num_heads": 4},
         variants=(
             {"dim": 8, "num_heads": 4, "out_dim": 16, "walk_length": 3, "decay": 0.9, "kernel_norm": 1, "activation": "elu"},

@@ -49,6 +49,8 @@ class ContentAwareReassembly(Mechanism):
         " + 2*B*N*scale_factor**2*up_kernel**2*channels",
         grows={"N": 1.0},
         can=frozenset({"weights", "linear", "upsamples"}),
+        checked_against="authors",
+        uncertain="The authors' CUDA operator was replaced by a literal loop of its kernel.",
         example={"channels": 8, "compressed_channels": 4, "up_kernel": 3},
         variants=(
             {"channels": 8, "scale_factor": 3, "up_group": 2, "encoder_dilation": 2, "compressed_channels": 4, "norm": "batch"},

@@ -84,6 +84,7 @@ class HaloAttention(Mechanism):
         grows={"N": 1.0},
         can=frozenset({"weights", "row_stochastic", "linear"}),
         checked_against="public",
+        uncertain="The authors released no code; that padding takes part in the softmax follows timm, the paper is silent.",
         example={"channels": 16, "num_heads": 2, "block_size": 4, "halo_size": 1},
         variants=(
             {"channels": 8, "num_heads": 2, "block_size": 3, "halo_size": 2, "mask_border": True, "scale_pos_embed": True, "out_proj": True},

@@ -47,6 +47,7 @@ class LSTMCell(Mechanism):
         grows={"N": 1.0},
         can=frozenset({"mask", "step", "causal", "linear"}),
         checked_against="public",
+        uncertain="Peepholes, layer norm and coupled gates were checked against the equations alone.",
         example={"input_size": 8, "hidden_size": 10},
         variants=(
             {"input_size": 7, "hidden_size": 9, "layer_norm": True, "peephole": True},

@@ -73,6 +73,8 @@ class EfficientAttention(Mechanism):
             "step": "not causal",
             "qkv_core": "layout == 'map'",
         },
+        checked_against="authors",
+        uncertain="The code computes several heads, the paper one; masks, cross and causal forms are not in either.",
         example={"dim": 32, "num_heads": 4},
         variants=(
             {"channels": 16, "key_channels": 8, "value_channels": 24, "num_heads": 2, "layout": "map"},
@@ -80,7 +82,7 @@ class EfficientAttention(Mechanism):
             {"dim": 24, "num_heads": 3, "normalization": "scaling", "residual": True},
         ),
         returns=("out",),
-        place="D",
+        place="C",
     )
     official: ClassVar = (KeyMap("cmsflash/efficient-attention", tuple(pointwise(f"{n}.weight", f"{n}.weight", 2) for n in LAYERS)),)
 

@@ -72,6 +72,8 @@ class LunaAttention(Mechanism):
         grows={"N": 1.0},
         can=frozenset({"causal", "cross", "key_mask", "weights", "row_stochastic", "linear", "step", "permutation_equivariant"}),
         unless={"cross": "causal", "step": "not causal"},
+        checked_against="authors",
+        uncertain="Masks in the causal form are not in the authors' code, which ignores them there.",
         example={"dim": 32, "num_heads": 4, "memory_len": 5},
         variants=(
             {"dim": 24, "num_heads": 3, "num_memory_heads": 2, "memory_len": 4, "tie_kv": False},

@@ -56,6 +56,7 @@ class MultiHeadAttention(Mechanism):
         grows={"N": 2.0},
         can=frozenset({"causal", "cross", "key_mask", "attn_mask", "weights", "row_stochastic", "qkv_core", "permutation_equivariant"}),
         checked_against="public",
+        uncertain="Grouped heads, rotary and relative positions were checked against the equations alone.",
         example={"dim": 32, "num_heads": 4},
         unless={"permutation_equivariant": "rope or alibi or rel_pos_bias"},
         variants=({"dim": 24, "num_heads": 4, "num_kv_heads": 2, "rope": True, "causal": True}, {"dim": 24, "num_heads": 3, "rel_pos_bias": "t5"}),

@@ -87,6 +87,7 @@ class PerformerAttention(Mechanism):
         can=frozenset({"causal", "cross", "key_mask", "weights", "linear", "step", "qkv_core", "permutation_equivariant"}),
         unless={"cross": "causal", "step": "not causal", "permutation_equivariant": "rope"},
         checked_against="public",
+        uncertain="The authors' JAX code is followed through its PyTorch transcription; the learned gate of RFA is left out.",
         # eps=0: c passes no gradient, so with eps > 0 the authors' gradient is not the derivative of their output.
         example={"dim": 32, "num_heads": 4, "num_features": 24, "eps": 0.0},
         variants=(

@@ -60,6 +60,8 @@ class SetTransformer(Mechanism):
         grows={"N": 1.0},
         can=frozenset({"mask", "linear", "weights", "row_stochastic", "permutation_invariant"}),
         unless={"linear": "encoder == 'sab'"},
+        checked_against="authors",
+        uncertain="Scores are scaled by the full width as in the code; the paper scales by the head width (scale='head').",
         example={"dim": 3, "hidden_dim": 16, "out_dim": 5, "num_outputs": 3, "num_inducing": 4, "num_heads": 4},
         variants=(
             {"dim": 3, "hidden_dim": 24, "out_dim": 2, "num_outputs": 4, "num_inducing": 6, "num_heads": 2, "norm": True},
