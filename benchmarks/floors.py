@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 import regard
-from regard.workbench.measure import calibrate, cpu_name, peak_bytes
+from regard.workbench.measure import allocations, calibrate, cpu_name, peak_bytes
 
 sys.path.insert(0, str(Path(__file__).parent))
 from peers import PEERS
@@ -82,6 +82,7 @@ class Row:
     ours_mb: float
     peer_mb: float
     leaner: float
+    largest_mb: float  # the largest single buffer of ours
     floor: str
     held: str
 
@@ -117,7 +118,8 @@ def measure(case: Case, seconds: float) -> Iterator[Row]:
             wanted.append(f"target {case.target_both:g}x" if case.target_both and run != "forward" else "")
             met = "" if not (floor or memory) else ("yes" if faster >= (floor or 0) and leaner >= (memory or 0) else "no")
             size = "x".join(map(str, case.shape))
-            yield Row(case.id, name, size, run, times[0], times[1], faster, peaks[0], peaks[1], leaner, ", ".join(filter(None, wanted)), met)
+            largest = max(allocations(lambda call=call, mine=models[0]: call(mine))) / 1e6
+            yield Row(case.id, name, size, run, times[0], times[1], faster, peaks[0], peaks[1], leaner, largest, ", ".join(filter(None, wanted)), met)
 
 
 def forward(model: nn.Module, x: Tensor) -> None:
@@ -154,10 +156,10 @@ def write(rows: list[Row], about: str) -> None:
         for row in rows:
             writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in asdict(row).values()])
     os.replace(temporary, MEASURED / "floors.csv")
-    lines = ["| id | beside | size | pass | ours ms | its ms | faster | ours MB | its MB | leaner | floor | held |", "| --- " * 12 + "|"]
+    lines = ["| id | beside | size | pass | ours ms | its ms | faster | ours MB | its MB | leaner | largest MB | floor | held |", "| --- " * 13 + "|"]
     for r in rows:
         cells = (r.id, r.peer, r.size, r.run, f"{r.ours_ms:.3g}", f"{r.peer_ms:.3g}", f"**{r.faster:.2f}x**", f"{r.ours_mb:.3g}", f"{r.peer_mb:.3g}")
-        lines.append("| " + " | ".join((*cells, f"{r.leaner:.2f}x", r.floor, r.held)) + " |")
+        lines.append("| " + " | ".join((*cells, f"{r.leaner:.2f}x", f"{r.largest_mb:.3g}", r.floor, r.held)) + " |")
     text = (MEASURED / "floors.head.md").read_text() if (MEASURED / "floors.head.md").exists() else "# Measured\n"
     temporary = MEASURED / "README.tmp"
     temporary.write_text(f"{text}\n{about}\n\n" + "\n".join(lines) + "\n")
@@ -187,7 +189,7 @@ def main() -> None:
             rows.append(row)
             print(
                 f"{row.id:12} {row.peer:22} {row.size:12} {row.run:17} {row.ours_ms:9.3f} {row.peer_ms:9.3f} ms {row.faster:6.2f}x"
-                f" {row.ours_mb:8.1f} {row.peer_mb:8.1f} MB {row.leaner:6.2f}x  {row.floor:24} {row.held}",
+                f" {row.ours_mb:8.1f} {row.peer_mb:8.1f} MB {row.leaner:6.2f}x  {row.largest_mb:6.1f}  {row.floor:24} {row.held}",
                 flush=True,
             )
     if not options.dry:

@@ -6,6 +6,7 @@ import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -46,15 +47,20 @@ def peak_bytes(call: Callable[[], object], device: torch.device) -> int:
         call()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
+    live = most = 0
+    for size in allocations(call):
+        live += size
+        most = max(most, live)
+    return most
+
+
+def allocations(call: Callable[[], object]) -> list[int]:
+    """What the CPU's allocator gave (positive) and took back (negative) during the call, in bytes and in order; the result is kept till the end."""
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profiler:
         kept = call()
-    live = most = 0
-    events = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
-    for event in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns()):
-        live += event.nbytes()  # pyright: ignore
-        most = max(most, live)
+    events: Any = profiler.profiler.kineto_results.events()  # type: ignore[union-attr]
     del kept
-    return most
+    return [e.nbytes() for e in sorted((e for e in events if e.name() == "[memory]"), key=lambda e: e.start_ns())]
 
 
 def count(model: nn.Module, inputs: Sequence[Tensor]) -> Counted:
