@@ -11,9 +11,13 @@ IGNORE = -100  # a target that counts neither in the loss nor in the metric
 
 @dataclass(frozen=True)
 class Batch:
-    """Examples. Shapes: `x` (B, length) token ids or (B, channels, height, width) values; `y` (B,), (B, length) or (B, height, width)
-    classes,
-    `IGNORE` where there is nothing to predict; `key_mask` (B, length), True = a real position, None when all are."""
+    """Examples.
+
+    Args:
+        x: (B, length) token ids or (B, channels, height, width) values.
+        y: (B,), (B, length) or (B, height, width) classes, `IGNORE` where there is nothing to predict.
+        key_mask: (B, length), True = a real position; None when all are.
+    """
 
     x: Tensor
     y: Tensor

@@ -1,9 +1,7 @@
 """ListOps after the rule of Long Range Arena: nested MAX, MIN, MED and SM (sum modulo 10) over digits; the answer is a digit.
 
-A node is an operator with probability 0.25 and otherwise a digit, a digit at depth 10, an operator has 2 to 10 arguments. The tokens
-are ten
-digits, four operators and the closing bracket: the brackets of the binary tree form are left out, the closing one of the list is kept,
-because
+A node is an operator with probability 0.25 and otherwise a digit, a digit at depth 10, an operator has 2 to 10 arguments. The tokens are ten
+digits, four operators and the closing bracket: the brackets of the binary tree form are left out, the closing one of the list is kept, because
 without it the tree cannot be read back.
 """
 

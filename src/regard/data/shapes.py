@@ -1,8 +1,7 @@
 """Segmentation with exact masks: sprites of five shapes, filled with one photograph, pasted on another.
 
-The photographs travel inside scikit-image; those of the test pictures are not used in training. A sprite's fill comes from the same
-photographs as
-the backgrounds, so that neither colour nor texture tells the class, only the outline.
+The photographs travel inside scikit-image; those of the test pictures are not used in training. A sprite's fill comes from the same photographs
+as the backgrounds, so that neither colour nor texture tells the class, only the outline.
 """
 
 import math

@@ -1,8 +1,7 @@
 """Real bytes without a download: the Python source of the interpreter's own packages.
 
-A file belongs wholly to training or wholly to test, by the hash of its name; files of equal content are kept once. Windows are cut
-anywhere in the
-files of one package and one side, laid one after another, so that every window is full and neither length nor padding tells the package.
+A file belongs wholly to training or wholly to test, by the hash of its name; files of equal content are kept once. Windows are cut anywhere in
+the files of one package and one side, laid one after another, so that every window is full and neither length nor padding tells the package.
 """
 
 import hashlib

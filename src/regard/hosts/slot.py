@@ -16,8 +16,7 @@ Slot = Callable[[int], nn.Module | None] | nn.Module | None
 def build(slot: Slot, width: int) -> nn.Module | None:
     """The module for one slot.
 
-    Its parameters are drawn from a generator state of its own, so that the rest of the host starts from the same weights whatever the
-    slot draws.
+    Its parameters are drawn from a generator state of its own, so that the rest of the host starts from the same weights whatever the slot draws.
     """
     seed = int(torch.randint(2**31, ()))
     if slot is None:

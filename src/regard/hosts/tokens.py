@@ -28,8 +28,7 @@ class Block(nn.Module):
 class TokenTrunk(nn.Module):
     """Embedding, fixed sinusoidal positions (any length), a convolution of width 4 over earlier tokens, and the blocks.
 
-    The convolution gives every candidate, `none` too, the same view of neighbouring tokens; bytes alone mean little. It looks back
-    only, so that
+    The convolution gives every candidate, `none` too, the same view of neighbouring tokens; bytes alone mean little. It looks back only, so that
     the causal model may have it as well.
 
     Args:
@@ -66,9 +65,8 @@ def positions(length: int, dim: int, device: torch.device, dtype: torch.dtype) -
 class TokenEncoder(nn.Module):
     """Tokens -> class. forward: (B, N) [, key_mask (B, N)] -> (B, classes).
 
-    The trunk, then the mean plus the largest value over real positions, then a linear classifier. The largest value lets one telling
-    word in a long
-    window decide, which the mean alone learns only slowly.
+    The trunk, then the mean plus the largest value over real positions, then a linear classifier. The largest value lets one telling word in a
+    long window decide, which the mean alone learns only slowly.
     """
 
     def __init__(self, vocabulary: int, num_classes: int, slot: Slot, *, dim: int = 64, depth: int = 2, mlp_ratio: float = 2.0) -> None:

@@ -1,7 +1,6 @@
 """results.db: everything a comparison has found so far, in plain SQL. Each finished piece of work is there before the next begins.
 
-Several processes may share one database. A piece of work is claimed under a key before it is done; the claim names the process, and a
-claim whose
+Several processes may share one database. A piece of work is claimed under a key before it is done; the claim names the process, and a claim whose
 process is gone is free again.
 """
 

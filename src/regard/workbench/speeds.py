@@ -1,8 +1,7 @@
 """Speeds of steps that this machine has shown before: they make a budget in seconds the same number of steps every time.
 
-They are kept in `$XDG_CACHE_HOME/regard/plans.json` (`~/.cache` by default). A cache that cannot be read or written is no error: the
-speed is then
-measured again.
+They are kept in `$XDG_CACHE_HOME/regard/plans.json` (`~/.cache` by default). A cache that cannot be read or written is no error: the speed is
+then measured again.
 """
 
 import json
