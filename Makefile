@@ -5,9 +5,10 @@ READY  := .venv/.ready
 
 .PHONY: demo test check lint slow setup clean
 
+# --resume: a demo that was stopped goes on, and one that is done shows its table again.
 demo: $(READY)
-	.venv/bin/regard compare multi_head luna efficient performer --task source --seeds 3 --budget 200steps --out runs/demo/source $(RESUME)
-	.venv/bin/regard compare se eca cbam gc --task digits --seeds 3 --budget 60steps --out runs/demo/digits $(RESUME)
+	.venv/bin/regard compare multi_head luna efficient performer --task source --seeds 3 --budget 200steps --out runs/demo/source --resume
+	.venv/bin/regard compare se eca cbam gc --task digits --seeds 3 --budget 60steps --out runs/demo/digits --resume
 
 test: $(READY)
 	.venv/bin/pytest -q -n auto -m "not slow"

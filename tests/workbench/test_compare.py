@@ -10,15 +10,14 @@ import pytest
 from rich.console import Console
 
 from regard.errors import RegardError
-from regard.workbench import compare as compare_module
-from regard.workbench import speeds
+from regard.workbench import carrier, speeds
 from regard.workbench.compare import CompareConfig, compare
 from regard.workbench.summary import Summary
 
 
 @pytest.fixture(autouse=True)
 def _short(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(compare_module, "LATENCY_SECONDS", 0.02)
+    monkeypatch.setattr(carrier, "LATENCY_SECONDS", 0.02)
 
 
 def run(config: CompareConfig) -> Summary:

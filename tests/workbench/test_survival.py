@@ -12,8 +12,8 @@ SCRIPT = """
 import sys
 from pathlib import Path
 from rich.console import Console
-from regard.workbench import compare as module
-module.LATENCY_SECONDS = 0.02
+from regard.workbench import carrier, compare as module
+carrier.LATENCY_SECONDS = 0.02
 out, seeds, resume = Path(sys.argv[1]), int(sys.argv[2]), sys.argv[3] == "resume"
 names = ("toys:Slow", "none")
 config = module.CompareConfig(names, "digits:width=4", out, seeds=seeds, budget="12steps", threads=1, cost_lengths=(8,), resume=resume)

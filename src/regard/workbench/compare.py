@@ -1,84 +1,34 @@
 """`regard compare`: train candidates under equal conditions, measure what they cost, keep every finished piece, report.
 
->>> from pathlib import Path
->>> from rich.console import Console
->>> summary = compare(CompareConfig(("none", "multi_head"), task="digits", out=Path("runs/x"), budget="50steps"), Console())  #
-doctest: +SKIP
+summary = compare(CompareConfig(("none", "multi_head"), task="digits", out=Path("runs/x"), budget="50steps"), Console())
 """
 
 import dataclasses
 import os
 import shlex
-import sys
 import tempfile
 import time
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
 
 import torch
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-from torch import nn
 
 from ..errors import RegardError, require
 from . import candidates as candidates_module
-from . import speeds, tasks
-from .candidates import Candidate, Setting
-from .config import Budget, CompareConfig, check, parse_budget
-from .measure import cpu_name, memory_gib
+from . import speeds
+from .candidates import Candidate
+from .carrier import Carrier, Work, key_of
+from .config import CompareConfig
+from .measure import cpu_name
+from .planning import Plan, parameters, plan
 from .records import Records
-from .summarise import git_revision, summarise, to_json, write
-from .summary import CurvePoint, Machine, Summary, TaskFacts, TrialResult
-from .train import Trial, check_shapes
-from .worker import Worker, WorkFailed
+from .summarise import summarise, to_json, write
+from .summary import Machine, Summary, TaskFacts
 
 __all__ = ["CompareConfig", "Plan", "compare", "plan"]
 
 ROOM = 8 * 2**20  # bytes that must be writable in the folder before anything starts
-MEASURE_LIMIT = 300.0  # seconds for one measurement
-LATENCY_SECONDS = 1.0  # for each candidate at each length
-
-
-@dataclass(frozen=True)
-class Plan:
-    """A configuration with every choice made; what `compare` carries out."""
-
-    config: CompareConfig
-    task: tasks.Task
-    options: dict[str, Any]
-    host: str
-    candidates: tuple[Candidate, ...]
-    lengths: tuple[int, ...]
-    cost_lengths: tuple[int, ...]
-    budget: Budget
-    batch: int
-    learning_rate: float
-    threads: int
-    device: str
-
-    @property
-    def longest(self) -> int:
-        return max(*self.lengths, *self.cost_lengths)
-
-    def trial(self, candidate: Candidate, length: int) -> Trial:
-        device = torch.device("cpu")
-        return Trial(self.task, self.options, candidate, self.host, length, self.longest, 0, self.batch, self.learning_rate, device)
-
-    def conditions(self) -> dict[str, Any]:
-        """What must be the same for results to stand beside each other."""
-        return {
-            "task": self.task.name,
-            "task options": {k: v for k, v in self.options.items() if k != "layout"},
-            "host": self.host,
-            "lengths": list(self.lengths),
-            "budget": f"{self.budget.amount:g}{self.budget.unit}",
-            "batch_size": self.batch,
-            "learning_rate": self.learning_rate,
-            "threads": self.threads,
-            "device": self.device,
-        }
 
 
 def compare(config: CompareConfig, console: Console) -> Summary:
@@ -98,84 +48,6 @@ def compare(config: CompareConfig, console: Console) -> Summary:
         raise SystemExit(130) from None
     finally:
         records.close()
-
-
-def plan(config: CompareConfig) -> Plan:
-    """Make every choice and check everything that can be checked before any work."""
-    check(config)
-    task, options = tasks.parse(config.task)
-    members = tuple(candidates_module.parse(name) for name in config.candidates)
-    host = _host(task, options, members)
-    lengths = tuple(sorted(config.lengths or task.lengths[host]))
-    if task.fixed:
-        require(
-            lengths == task.lengths[host],
-            "lengths={}: the task {!r} has the length {} only; leave it out",
-            lengths,
-            task.name,
-            task.lengths[host],
-        )
-    cost_lengths = tuple(sorted(config.cost_lengths or {n * 2**k for n in lengths for k in range(3) if n * 2**k <= 4 * max(lengths)}))
-    device = config.device if config.device != "auto" else "cuda" if torch.cuda.is_available() else "cpu"
-    made = Plan(
-        config=config,
-        task=task,
-        options=options,
-        host=host,
-        candidates=members,
-        lengths=lengths,
-        cost_lengths=cost_lengths,
-        budget=parse_budget(config.budget),
-        batch=config.batch_size or task.batch,
-        learning_rate=config.learning_rate or task.learning_rate,
-        threads=config.threads or torch.get_num_threads(),
-        device=device,
-    )
-    for length in lengths:
-        _check_length(made, length)
-    for candidate in members:
-        _parameters(made, candidate)
-    return made
-
-
-def _check_length(made: Plan, length: int) -> None:
-    """Build the data of generators whose rules depend on the length, the smallest possible."""
-    small = {key: 1 for key in ("train", "test") if key in made.options}
-    made.task.data(length, made.host, {**made.options, **small})
-
-
-def _host(task: tasks.Task, options: dict[str, Any], members: Sequence[Candidate]) -> str:
-    """The kind of host in which every candidate can sit."""
-    asked = options.get("layout")
-    kinds = {"map": "map", "sequence": "tokens", None: None}
-    require(asked in kinds, "task {}: layout={!r} is unknown; use map or sequence", task.name, asked)
-    possible = [kinds[asked]] if asked is not None else list(task.hosts)
-    for host in possible:
-        assert host is not None
-        if all(candidate.fits(host) for candidate in members):
-            return host
-    for host in possible:
-        assert host is not None
-        wrong = [f"{c.name} ({c.card.layout})" for c in members if c.card is not None and not c.fits(host)]
-        if len(wrong) < len(members) or len(possible) == 1 or host == possible[-1]:
-            raise RegardError(
-                f"task {task.name!r} puts candidates into a network over {'maps' if host == 'map' else 'tokens'}; "
-                f"{', '.join(wrong)} cannot sit "
-                f"there; these can: none, {', '.join(candidates_module.ids_that_fit(Setting(host, False, 4, 64)))}"
-            )
-    raise AssertionError("unreachable")
-
-
-def _parameters(made: Plan, candidate: Candidate) -> int:
-    """Build the network once: a wrong option, a changed shape or a leak of the future shows here, before any training."""
-    try:
-        model: nn.Module = check_shapes(made.trial(candidate, made.lengths[0]))
-    except RegardError as error:
-        raise RegardError(f"candidate {candidate.name!r}: {error}") from error
-    except Exception:
-        # Not a wrong call but a module that fails; that is recorded with its reason, and the other candidates go on.
-        return 0
-    return sum(p.numel() for p in model.parameters())
 
 
 def _open(made: Plan) -> Records:
@@ -206,210 +78,27 @@ def _open(made: Plan) -> Records:
     return records
 
 
-@dataclass(frozen=True)
-class _Work:
-    """One claimable piece: `done` finds a row once it is finished, `run` does it and stores the result."""
-
-    key: str
-    done: str
-    values: tuple[Any, ...]
-    run: Callable[[str], None]
-
-
-class _Carrier:
-    """Does the pieces of a plan with one worker process and stores each before the next."""
-
-    def __init__(self, made: Plan, records: Records, console: Console) -> None:
-        self.made, self.records, self.console = made, records, console
-        quiet = made.config.json or not console.is_terminal
-        self.progress = Progress(
-            TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[now]}"), TimeRemainingColumn(),
-            console=console, disable=quiet, transient=True,
-        )  # fmt: skip
-        self.worker = Worker(
-            {
-                "task": made.config.task,
-                "host": made.host,
-                "device": made.device,
-                "threads": made.threads,
-                "longest": made.longest,
-                "batch": made.batch,
-                "learning_rate": made.learning_rate,
-            }
-        )
-
-    def __enter__(self) -> "_Carrier":
-        self.progress.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self.progress.stop()
-        self.worker.stop()
-
-    def phase(self, title: str, works: Sequence[_Work]) -> None:
-        """Do every piece that nobody has done; wait for those that another process is doing, and take them over should it end."""
-        bar = self.progress.add_task(title, total=len(works), now="")
-        self.bar = bar
-        pending = list(works)
-        while pending:
-            taken: list[_Work] = []
-            for work in pending:
-                match self.records.claim(work.key, work.done, work.values):
-                    case "mine":
-                        work.run(work.key)
-                    case "taken":
-                        taken.append(work)
-                self.progress.update(bar, completed=len(works) - len(pending) + pending.index(work) + 1 - len(taken))
-            if len(taken) == len(pending):
-                self.progress.update(bar, now=f"waiting for process {', '.join(map(str, self.records.others()))}")
-                time.sleep(0.5)
-            pending = taken
-        self.progress.remove_task(bar)
-
-    def say(self, text: str) -> None:
-        self.progress.update(self.bar, now=text)
-
-    def calibrate(self, work: str) -> None:
-        self.say("the machine's rates")
-        before = os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0
-        try:
-            found = self.worker.ask({"work": "calibrate", "length": self.made.lengths[0]}, limit=MEASURE_LIMIT)
-        except WorkFailed as failure:
-            raise RegardError(f"the worker process cannot start: {failure}") from failure
-        self.records.set_fact("chance", found.pop("chance"))
-        self.records.set_fact("load", before)
-        self.records.set_fact("machine", dataclasses.asdict(_machine(self.made, found)))
-
-    def steps(self, candidate: Candidate, length: int) -> Callable[[str], None]:
-        """Turn the budget into steps; a speed seen before on this machine is used again, so that the same command trains the same."""
-
-        def run(work: str) -> None:
-            made, seconds = self.made, None
-            if made.budget.unit == "s":
-                self.say(f"{candidate.name}, length {length}: speed of a step")
-                key = _speed_key(made, candidate, length)
-                seconds = speeds.recall(key)
-                if seconds is None:
-                    request = {"work": "plan", "candidate": candidate.name, "length": length, "budget": made.budget.amount}
-                    try:
-                        seconds = self.worker.ask(request, limit=self.limit(None))
-                    except WorkFailed as failure:
-                        self.no_plan(work, candidate, length, str(failure))
-                        return
-                    speeds.remember(key, seconds)
-            self.records.save_plan(work, candidate.name, length, made.budget.steps(made.batch, seconds or 1.0), seconds)
-
-        return run
-
-    def no_plan(self, work: str, candidate: Candidate, length: int, reason: str) -> None:
-        """A candidate that cannot do one step fails in all its trials."""
-        for seed in range(self.made.config.seeds):
-            result = TrialResult(candidate.name, length, seed, "failed", reason, None, 0, None)
-            self.records.save_trial(_key("trial", candidate.name, length, seed), result, seconds=None, parameters=None, picture=None)
-        self.records.save_plan(work, candidate.name, length, 0, None)
-
-    def limit(self, steps: int | None) -> float:
-        """Seconds a trial may take: as asked, or ten times its budget and some."""
-        if self.made.config.trial_limit is not None:
-            return self.made.config.trial_limit
-        return 120 + (10 * self.made.budget.amount if self.made.budget.unit == "s" or steps is None else 10.0 * steps)
-
-    def trial(self, candidate: Candidate, length: int, seed: int) -> Callable[[str], None]:
-        def run(work: str) -> None:
-            planned = self.records.plan(candidate.name, length)
-            assert planned is not None
-            steps = planned[0]
-            name = f"{candidate.name}, length {length}, seed {seed}"
-            self.say(name)
-
-            def progress(step: int, loss: float, metric: float | None) -> None:
-                more = "" if metric is None else f", {self.made.task.metric} {metric:.3f}"
-                self.say(f"{name}: step {step} of {steps}, loss {loss:.3f}{more}")
-
-            request = {
-                "work": "trial",
-                "candidate": candidate.name,
-                "length": length,
-                "seed": seed,
-                "steps": steps,
-                "picture": seed == 0 and length == self.made.lengths[0],
-            }
-            seconds = parameters = picture = None
-            try:
-                if steps == 0:
-                    raise WorkFailed("it could not do a single step, see its other seeds")
-                got = self.worker.ask(request, limit=self.limit(steps), progress=progress)
-                curve = tuple(CurvePoint(**point) for point in got["curve"])
-                seconds, parameters, picture = got["seconds"], got["parameters"], got["picture"]
-                result = TrialResult(candidate.name, length, seed, "ok", "", got["metric"], steps, got["examples_per_second"], curve)
-            except WorkFailed as failure:
-                result = TrialResult(candidate.name, length, seed, "failed", str(failure), None, steps, None)
-            self.records.save_trial(work, result, seconds=seconds, parameters=parameters, picture=picture)
-
-        return run
-
-    def count(self, candidate: Candidate, length: int) -> Callable[[str], None]:
-        def run(work: str) -> None:
-            self.say(f"{candidate.name}, length {length}: FLOPs and memory")
-            counted, reason = None, ""
-            try:
-                flops, peak, least = self.worker.ask({"work": "count", "candidate": candidate.name, "length": length}, limit=MEASURE_LIMIT)
-                counted = (flops, int(peak), int(least))
-            except WorkFailed as failure:
-                reason = str(failure)
-            self.records.save_count(work, candidate.name, length, self.made.task.cost_batch, counted, reason)
-
-        return run
-
-    def latency(self, length: int) -> Callable[[str], None]:
-        """Time together, in interleaved rounds, everything that could be counted; where that fails, each alone."""
-
-        def run(work: str) -> None:
-            self.say(f"length {length}: time of a pass")
-            counts = {c.name: self.records.count(c.name, length) for c in self.made.candidates}
-            good = [name for name, count in counts.items() if count is not None and not count[4]]
-            rows: dict[str, tuple[float, float, float, int] | str] = {name: "see its count" for name in counts if name not in good}
-            try:
-                rows |= self._timed(good, length)
-            except WorkFailed:
-                for name in good:
-                    try:
-                        rows |= self._timed([name], length)
-                    except WorkFailed as failure:
-                        rows[name] = str(failure)
-            self.records.save_latencies(work, length, rows)
-
-        return run
-
-    def _timed(self, names: list[str], length: int) -> dict[str, tuple[float, float, float, int]]:
-        if not names:
-            return {}
-        request = {"work": "latency", "candidates": names, "length": length, "seconds": LATENCY_SECONDS * len(names)}
-        found = self.worker.ask(request, limit=MEASURE_LIMIT)
-        return {name: (row[0], row[1], row[2], int(row[3])) for name, row in found.items()}
-
-
 def _carry_out(made: Plan, records: Records, console: Console) -> Summary:
     config, began = made.config, time.monotonic()
     for candidate in made.candidates:
         records.add_candidate(candidate.name, _facts(made, candidate))
     names = [candidate.name for candidate in made.candidates]
     pairs = [(candidate, length) for length in made.lengths for candidate in made.candidates]
-    with _Carrier(made, records, console) as carrier:
-        carrier.phase("preparing", [_Work("machine", "select 1 from facts where name = 'machine'", (), carrier.calibrate)])
+    with Carrier(made, records, console) as carrier:
+        carrier.phase("preparing", [Work("machine", "select 1 from facts where name = 'machine'", (), carrier.calibrate)])
         query = "select 1 from plans where candidate = ? and length = ?"
-        carrier.phase("planning", [_Work(_key("plan", c.name, n), query, (c.name, n), carrier.steps(c, n)) for c, n in pairs])
+        carrier.phase("planning", [Work(key_of("plan", c.name, n), query, (c.name, n), carrier.steps(c, n)) for c, n in pairs])
         query = "select 1 from trials where candidate = ? and length = ? and seed = ?"
         carrier.phase(
             "training",
             # Seed by seed, so that an interrupted run has something of every candidate.
-            [_Work(_key("trial", c.name, n, s), query, (c.name, n, s), carrier.trial(c, n, s)) for s in range(config.seeds) for c, n in pairs],
+            [Work(key_of("trial", c.name, n, s), query, (c.name, n, s), carrier.trial(c, n, s)) for s in range(config.seeds) for c, n in pairs],
         )
         query = "select 1 from counts where candidate = ? and length = ?"
         costs = [(candidate, length) for length in made.cost_lengths for candidate in made.candidates]
-        carrier.phase("counting", [_Work(_key("count", c.name, n), query, (c.name, n), carrier.count(c, n)) for c, n in costs])
+        carrier.phase("counting", [Work(key_of("count", c.name, n), query, (c.name, n), carrier.count(c, n)) for c, n in costs])
         query = f"select 1 where (select count(*) from latencies where length = ? and candidate in ({', '.join('?' * len(names))})) = ?"
-        carrier.phase("timing", [_Work(_key("latency", n), query, (n, *names, len(names)), carrier.latency(n)) for n in made.cost_lengths])
+        carrier.phase("timing", [Work(key_of("latency", n), query, (n, *names, len(names)), carrier.latency(n)) for n in made.cost_lengths])
     records.set_fact("seconds", (records.fact("seconds") or 0.0) + time.monotonic() - began)
     summary = _summary(made, records)
     return _publish(summary, config, console)
@@ -512,40 +201,9 @@ def _facts(made: Plan, candidate: Candidate) -> dict[str, Any]:
         "paper": paper,
         "checked_against": card.checked_against if card is not None else "",
         "options": {**lent, **candidate.options},
-        "parameters": _parameters(made, candidate),
+        "parameters": parameters(made, candidate),
         "cannot": list(candidates_module.cannot(candidate, made.host)),
     }
-
-
-def _machine(made: Plan, rates: dict[str, float]) -> Machine:
-    from .. import __version__
-
-    return Machine(
-        cpu=cpu_name(),
-        cores=os.cpu_count() or 1,
-        threads=made.threads,
-        memory_gib=round(memory_gib(), 1),
-        device=torch.cuda.get_device_name() if made.device == "cuda" else "cpu",
-        python=sys.version.split()[0],
-        torch=torch.__version__,
-        regard=__version__,
-        git=git_revision(),
-        gflops=rates["gflops"],
-        gbytes=rates["gbytes"],
-    )
-
-
-def _key(*parts: object) -> str:
-    return " ".join(map(str, parts))
-
-
-def _speed_key(made: Plan, candidate: Candidate, length: int) -> str:
-    from .. import __version__
-
-    where = torch.cuda.get_device_name() if made.device == "cuda" else cpu_name()
-    options = ",".join(f"{k}={v}" for k, v in sorted(made.options.items()))
-    parts = [candidate.name, f"{made.task.name}:{options}", made.host, f"length {length}", f"batch {made.batch}"]
-    return " | ".join([*parts, f"threads {made.threads}", f"torch {torch.__version__}", f"regard {__version__}", where])
 
 
 def _command(config: CompareConfig) -> str:
