@@ -36,6 +36,17 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
 )
 
 
+PLACES: Mapping[str, str] = MappingProxyType(
+    {
+        "A": "after the last norm of a residual branch, before the addition",
+        "B": "instead of the 3x3 convolution of a bottleneck, with its norm and activation",
+        "C": "a residual unit of its own between blocks",
+        "D": "between stages",
+        "E": "a head on a backbone, or an upsampler between feature levels",
+    }
+)
+
+
 @dataclass(frozen=True)
 class Paper:
     """Where a mechanism was published. `arxiv` is the identifier alone, for example "1706.03762"."""
@@ -73,7 +84,7 @@ class Card:
         checked_against: "authors" (their code), "public" (a trusted public implementation), "equations" (of the paper), "reconstruction".
         uncertain: what is not certain about that, in one line.
         returns: names of the outputs in order, as golden files name them.
-        place: where it belongs in a residual network (A to E, see docs/placement.md); maps only.
+        place: where it belongs in a residual network, a key of `PLACES`; maps only.
         bounds: wider tolerances that the mechanism's definition forces, by check name or "golden.<case>"; each needs its reason in the file.
         variants: further constructor arguments of small instances that the checks also run on.
     """
@@ -99,6 +110,7 @@ class Card:
 
     def __post_init__(self) -> None:
         require(self.layout in get_args(Layout), "card of {}: layout={!r} is not one of {}", self.id, self.layout, get_args(Layout))
+        require(self.place in ("", *PLACES), "card of {}: place={!r} is not one of {}", self.id, self.place, tuple(PLACES))
         unknown = sorted(set(self.can) - set(CAPABILITIES))
         require(not unknown, "card of {}: unknown capabilities {}; known are {}", self.id, unknown, sorted(CAPABILITIES))
         loose = sorted(set(self.unless) - set(self.can))

@@ -1,5 +1,7 @@
 """The command `regard`: look mechanisms up, check and verify them, compare them."""
 
+import ast
+import inspect
 import json
 import sys
 from collections.abc import Sequence
@@ -14,7 +16,7 @@ from rich.text import Text
 from tyro.conf import Positional, arg
 
 from . import __version__, registry
-from .card import CAPABILITIES, Card, Layout
+from .card import CAPABILITIES, PLACES, Card, Layout
 from .errors import RegardError, require
 
 OK, FAILED, WRONG_CALL, INTERRUPTED = 0, 1, 2, 130
@@ -88,13 +90,13 @@ class Show:
             ("can", "\n".join(_ability(card, name) for name in sorted(card.can))),
         ]
         if card.place:
-            rows.append(("place", card.place))
+            rows.append(("place", f"{card.place}: {PLACES[card.place]}"))
         rows.append(("make it", f"regard.create({card.id!r}, {example})"))
         for row in rows:
             table.add_row(*(Text(cell) for cell in row))
         console.print(Text(card.id, style="bold underline"))
         console.print(table)
-        console.print(Text("\n" + _options(self.id)))
+        console.print(Text("\n" + _signature(self.id), style="bold"), Text(_options(self.id)), sep="\n")
         return OK
 
 
@@ -283,8 +285,6 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def parse_options(text: str) -> dict[str, Any]:
     """ "dim=32,norm=None,pools=('avg','max')" -> values as Python literals, words as strings."""
-    import ast
-
     call = f"f({text})"
     try:
         node = ast.parse(call, mode="eval").body
@@ -317,9 +317,14 @@ def _ability(card: Card, name: str) -> str:
 
 
 def _options(id: str) -> str:
-    import inspect
-
     return inspect.getdoc(registry.get(id)) or ""
+
+
+def _signature(id: str) -> str:
+    """The constructor's arguments and their defaults, without annotations."""
+    signature = inspect.signature(registry.get(id))
+    plain = [p.replace(annotation=p.empty) for p in signature.parameters.values() if p.name not in ("device", "dtype")]
+    return f"{id}{signature.replace(parameters=plain, return_annotation=signature.empty)}"
 
 
 def _progress(console: Console, quiet: bool) -> Any:
