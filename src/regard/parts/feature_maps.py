@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..errors import require
 from ..ops.linear_attention import full_precision
 from ..validate import check_option
 
@@ -42,6 +43,19 @@ def random_projection(
         length = torch.randn(heads, num_features, head_dim, **dd).norm(dim=-1, keepdim=True) if scaling == 0 else head_dim**0.5
         out = rows * length
     return (out if num_heads else out[0]).to(dtype or torch.get_default_dtype())
+
+
+def projection_per_head(w: Tensor, heads: int, d: int) -> Tensor:
+    """A projection, (m, d) or (H, m, d), as (1, 1 or H, m, d)."""
+    own = w.shape[0] if w.ndim == 3 else 1
+    fits = w.ndim in (2, 3) and w.shape[-1] == d and own in (1, heads)
+    require(fits, "projection must be (features, {}) or ({}, features, {}), got {}", d, heads, d, tuple(w.shape))
+    return w.reshape(1, own, *w.shape[-2:])
+
+
+def counts_as_forward() -> bool:
+    """Whether this is a forward in eager mode; compiled ones are not counted, nor a recomputation inside a backward pass (checkpointing)."""
+    return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() == -1
 
 
 @dataclass(frozen=True)
@@ -80,6 +94,21 @@ class FeatureMap:
                 return (projected + (-half_norm - c - log_ratio)).exp_(), c
             c = stabilise(half_norm.detach())
             return torch.cat((projected.sin(), projected.cos()), -1) * (half_norm - (c + log_ratio)).exp(), c
+
+    def queries(self, q: Tensor, projection: Tensor | None, stabilise: Stabilise) -> tuple[Tensor, Tensor]:
+        """Features of queries with their floor, and their c: each query's own with "favor+", else by `stabilise`. "softmax" is over the channels."""
+        if self.kind == "softmax":
+            return q.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1), q.new_zeros(())
+        f, c = self(q, projection, itself if self.kind == "favor+" else stabilise)
+        return f + self.floor(projection), c
+
+    def keys(self, k: Tensor, projection: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
+        """Features of all keys with their floor; keys that `mask` (B, 1, M, 1) hides leave the maximum c. "softmax" is over the positions."""
+        if self.kind == "softmax" and not causal:
+            k = k.to(torch.promote_types(k.dtype, torch.float32))
+            return (k if mask is None else k.masked_fill(~mask, torch.finfo(k.dtype).min)).softmax(-2)
+        k = k if mask is None else k.masked_fill(~mask, 0.0)
+        return self(k, projection, largest(mask))[0] + self.floor(projection)
 
 
 def itself(own: Tensor) -> Tensor:

@@ -5,7 +5,7 @@ from types import MappingProxyType
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from ..validate import check_option
 
@@ -26,3 +26,8 @@ def gate_function(kind: str, name: str = "gate") -> Pointwise:
 def activation(kind: str, name: str = "act") -> Pointwise:
     check_option(kind, tuple(ACTIVATIONS), name)
     return ACTIVATIONS[kind]
+
+
+def options_repr(module: nn.Module, *names: str) -> str:
+    """For `extra_repr` where `module.gate` is a method: the options `names`, and the gate's kind under the option's name `gate`."""
+    return ", ".join([*(f"{name}={getattr(module, name)!r}" for name in names), f"gate={module.gate_kind!r}"])

@@ -1,9 +1,9 @@
-"""Splitting a width into heads, and the starting weights of attention projections."""
+"""Splitting a width into heads, the starting weights of attention projections, and the checks that attention over tokens begins with."""
 
 from torch import Tensor, nn
 
 from ..errors import require
-from ..validate import check_divisible
+from ..validate import check_context, check_divisible, check_mask, check_tokens
 
 
 def head_width(dim: int, num_heads: int, head_dim: int | None) -> int:
@@ -39,3 +39,21 @@ def init_projections_(q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear |
             nn.init.zeros_(linear.bias)
     if out is not None and out.bias is not None:
         nn.init.zeros_(out.bias)
+
+
+def checked_source(x: Tensor, context: Tensor | None, dim: int, context_dim: int, key_mask: Tensor | None) -> Tensor:
+    """What `x` (B, N, dim) attends to: `context` (B, M, context_dim), or `x` itself if None; all are checked, and `key_mask` to be (B, M)."""
+    check_tokens(x, dim)
+    source = x if context is None else context
+    check_context(x, source, context_dim)
+    check_mask(key_mask, source.shape[0], source.shape[1])
+    return source
+
+
+def check_streaming(causal: bool, name: str) -> None:
+    require(causal, "{} runs step by step only with causal=True, got causal={}", name, causal)
+
+
+def check_position(x: Tensor, dim: int) -> None:
+    """`x` must be (batch, dim), one position of each sequence."""
+    require(x.ndim == 2 and x.shape[-1] == dim, "x must be (batch, {}), one position, got {}", dim, tuple(x.shape))

@@ -28,6 +28,14 @@ def rotary(x: Tensor, positions: Tensor, rope_dim: int, base: float, interleaved
     return torch.cat((turned, rest), -1) if rest.shape[-1] else turned
 
 
+def rotate(x: Tensor, positions: Tensor | None, name: str, rope_dim: int, base: float, interleaved: bool) -> Tensor:
+    """`rotary` at `positions`, (N,) or (B, N), or at 0, 1, ... if None; `name` is what errors call them."""
+    positions = torch.arange(x.shape[2], device=x.device) if positions is None else positions
+    fits = positions.shape[-1] == x.shape[2] and positions.ndim in (1, 2)
+    require(fits, "{} must be (positions,) or (batch, positions) for {} positions, got {}", name, x.shape[2], tuple(positions.shape))
+    return rotary(x, positions, rope_dim, base, interleaved)
+
+
 def alibi_slopes(num_heads: int) -> list[float]:
     """The fixed slopes of ALiBi (Press et al., arXiv 2108.12409), with the reference recipe for a number of heads that is no power of two."""
     power = 2 ** int(math.log2(num_heads))
@@ -87,3 +95,14 @@ class RelativeBias(nn.Module):
         exact = buckets // 2
         far = exact + (torch.log(offset.clamp_min(1).float() / exact) / math.log(self.max_distance / exact) * (buckets - exact)).long()
         return base + torch.where(offset < exact, offset, far.clamp_max(buckets - 1))
+
+
+def position_bias(n: int, m: int, attn_bias: Tensor | None, alibi_heads: int, relative: RelativeBias | None, like: Tensor) -> Tensor | None:
+    """`attn_bias` plus ALiBi for `alibi_heads` heads (0 for none), on the device and in the dtype of `like`, plus the relative bias."""
+    bias = attn_bias
+    if alibi_heads:
+        slopes = torch.tensor(alibi_slopes(alibi_heads), device=like.device, dtype=like.dtype)
+        bias = alibi_bias(slopes, n, m) if bias is None else bias + alibi_bias(slopes, n, m)
+    if relative is not None:
+        bias = relative(n, m) if bias is None else bias + relative(n, m)
+    return bias

@@ -3,20 +3,25 @@
 B batch, N queries or elements, M keys, D out_dim, H heads, m inducing points, k seeds. Masks are True for real elements.
 """
 
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
+from ..card import Paper
 from ..errors import require
 from ..ops.softmax_attention import attend, attention_weights
 from ..validate import check_divisible, check_option
 from .heads import merge_heads, split_heads
+from .masks import zero_rows
 
-
-def zero_rows(x: Tensor, mask: Tensor | None) -> Tensor:
-    """`x` (B, N, D) with the rows where `mask` (B, N) is False set to zero: nothing in them, not even NaN, gets through."""
-    return x if mask is None else x.masked_fill(~mask[..., None], 0.0)
+SET_TRANSFORMER = Paper(
+    title="Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",
+    authors="Juho Lee, Yoonho Lee, Jungtaek Kim, Adam R. Kosiorek, Seungjin Choi, Yee Whye Teh",
+    venue="ICML",
+    year=2019,
+    arxiv="1810.00825",
+)
 
 
 class MAB(nn.Module):
@@ -30,7 +35,7 @@ class MAB(nn.Module):
         out_dim: int | None = None,
         *,
         norm: bool = False,
-        scale: str = "dim",
+        scale: Literal["dim", "head"] = "dim",
         dropout: float = 0.0,
         device=None,
         dtype=None,
@@ -87,7 +92,7 @@ class SAB(nn.Module):
         out_dim: int | None = None,
         *,
         norm: bool = False,
-        scale: str = "dim",
+        scale: Literal["dim", "head"] = "dim",
         dropout: float = 0.0,
         device=None,
         dtype=None,
@@ -112,7 +117,7 @@ class ISAB(nn.Module):
         num_inducing: int = 32,
         *,
         norm: bool = False,
-        scale: str = "dim",
+        scale: Literal["dim", "head"] = "dim",
         dropout: float = 0.0,
         device=None,
         dtype=None,
@@ -147,7 +152,7 @@ class PMA(nn.Module):
         *,
         norm: bool = False,
         rff: bool = False,
-        scale: str = "dim",
+        scale: Literal["dim", "head"] = "dim",
         dropout: float = 0.0,
         device=None,
         dtype=None,

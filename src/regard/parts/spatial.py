@@ -17,6 +17,18 @@ def unflatten_space(rows: Tensor, size: tuple[int, ...]) -> Tensor:
     return rows.mT.unflatten(2, size)
 
 
+def halve(x: Tensor) -> Tensor:
+    """Max pooling by 2 of a map (B, C, *space): of one axis, or of the last two."""
+    if x.ndim == 3:
+        return F.max_pool1d(x, 2)
+    return F.max_pool2d(x, 2) if x.ndim == 4 else F.max_pool3d(x, (1, 2, 2))
+
+
+def halve_rows(rows: Tensor, size: tuple[int, ...]) -> Tensor:
+    """`halve` of the rows (B, N, C) of a map of `size`: (B, M, C)."""
+    return flatten_space(halve(unflatten_space(rows, size)))
+
+
 def project_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution `weight` (F, C), `bias` (F) of rows (B, N, C): contiguous (B, N, F), whatever the strides of `rows`."""
     matrix = weight.mT.expand(rows.shape[0], -1, -1)

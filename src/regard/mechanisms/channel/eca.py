@@ -22,7 +22,7 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap
 from ...ops.squeeze import position_mean
-from ...parts.gates import gate_function
+from ...parts.gates import gate_function, options_repr
 from ...parts.squeeze import unsqueeze_like
 from ...validate import check_map, check_option
 
@@ -114,5 +114,4 @@ class EfficientChannelAttention(Mechanism):
         return unsqueeze_like(self._gate(logits), x)
 
     def extra_repr(self) -> str:
-        options = ("channels", "kernel_size", "gamma", "beta", "padding_mode", "shared")
-        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in options), f"gate={self.gate_kind!r}"])
+        return options_repr(self, "channels", "kernel_size", "gamma", "beta", "padding_mode", "shared")

@@ -15,7 +15,7 @@ from torch import Tensor
 from ...card import Card, Paper
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise, rename
-from ...parts.gates import gate_function
+from ...parts.gates import gate_function, options_repr
 from ...parts.squeeze import BottleneckMLP, hidden_width, pool_global, unsqueeze_like
 from ...validate import check_map, check_option
 
@@ -93,5 +93,4 @@ class SqueezeExcitation(Mechanism):
         return unsqueeze_like(self._gate(self.mlp(pool_global(x, self.pool))), x)
 
     def extra_repr(self) -> str:
-        options = ("channels", "reduction", "hidden_channels", "bias", "pool", "act")
-        return ", ".join([*(f"{name}={getattr(self, name)!r}" for name in options), f"gate={self.gate_kind!r}"])
+        return options_repr(self, "channels", "reduction", "hidden_channels", "bias", "pool", "act")

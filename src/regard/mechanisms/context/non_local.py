@@ -11,7 +11,6 @@ not in the paper. B batch, C channels, N positions, M keys (fewer than N if pool
 from typing import Any, ClassVar, Literal
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -21,7 +20,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.pairwise_affinity import affinity_weights, pairwise_attention, pairwise_dot, pairwise_relu
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
-from ...parts.spatial import flatten_space, project_rows, project_to_map, unflatten_space
+from ...parts.spatial import flatten_space, halve, halve_rows, project_rows, project_to_map
 from ...validate import check_map, check_option
 
 MODES = ("embedded_gaussian", "gaussian", "dot_product", "concatenation")
@@ -63,11 +62,7 @@ class NonLocal(Mechanism):
         f" + (2*hidden_channels*B*{_KEYS} if mode == 'concatenation' and key_width != 1 else 0)",
         grows={"N": 2.0},
         can=frozenset({"weights", "any_dims", "identity_start", "permutation_equivariant", "row_stochastic"}),
-        unless={
-            "permutation_equivariant": "sub_sample",
-            "row_stochastic": f"mode not in {SOFTMAX}",
-            "identity_start": "not zero_init",
-        },
+        unless={"permutation_equivariant": "sub_sample", "row_stochastic": f"mode not in {SOFTMAX}", "identity_start": "not zero_init"},
         checked_against="public",
         uncertain="Replayed against mmcv and AlexHex7; the authors' Caffe2 code was read, not run.",
         example={"channels": 16},
@@ -120,18 +115,14 @@ class NonLocal(Mechanism):
         self.key_width = 0 if not embeds else 1 if adds and not (sub_sample and not pool_first) else d
 
     def key_maps(self) -> tuple[KeyMap, ...]:
-        names = ("g.0", "g") if self.sub_sample else ("g", "g.0")
-        pairs = [(name, "g") for name in names] + [("theta", "theta")] + [(name.replace("g", "phi"), "phi") for name in names]
-        mmcv = [pointwise(f"{theirs}.conv.*", f"{ours}.*") for theirs, ours in pairs]
-        if not isinstance(self.norm, nn.Identity):
-            mmcv += [Rule(("conv_out.conv.weight",), ("out.weight", "out.bias"), _add_bias, _drop_bias)]
-        mmcv += [pointwise("conv_out.conv.*", "out.*"), rename("conv_out.bn.*", "norm.*")]
-        plain = [pointwise(f"{theirs}.*", f"{ours}.*") for theirs, ours in pairs] + [rename("W.1.*", "norm.*")]
-        plain += [pointwise("W.*" if isinstance(self.norm, nn.Identity) else "W.0.*", "out.*")]
-        return tuple(
-            KeyMap(name, (*rules, pointwise(f"concat_project.{key}.*", "concat_project.*", 2)))
-            for name, rules, key in (("mmcv", mmcv, "conv"), ("AlexHex7", plain, "0"))
-        )
+        numbered, plain = (".0", "") if self.sub_sample else ("", ".0"), isinstance(self.norm, nn.Identity)
+        pairs = [(f"{ours}{number}", ours) for ours in ("g", "theta", "phi") for number in (numbered if ours != "theta" else ("",))]
+        bare = [] if plain else [Rule(("conv_out.conv.weight",), ("out.weight", "out.bias"), _add_bias, _drop_bias)]
+        mmcv = [*(pointwise(f"{theirs}.conv.*", f"{ours}.*") for theirs, ours in pairs), *bare, pointwise("conv_out.conv.*", "out.*")]
+        mmcv += [rename("conv_out.bn.*", "norm.*"), pointwise("concat_project.conv.*", "concat_project.*", 2)]
+        alex = [*(pointwise(f"{theirs}.*", f"{ours}.*") for theirs, ours in pairs), rename("W.1.*", "norm.*")]
+        alex += [pointwise("W.*" if plain else "W.0.*", "out.*"), pointwise("concat_project.0.*", "concat_project.*", 2)]
+        return KeyMap("mmcv", tuple(mmcv)), KeyMap("AlexHex7", tuple(alex))
 
     def forward(
         self, x: Float[Tensor, "b channels *space"], return_weights: bool = False
@@ -143,24 +134,21 @@ class NonLocal(Mechanism):
         check_batch_statistics(self.norm, x.numel() // self.channels, "a batch of one 1-position map")
         q, k, v = self._embed(x)
         scale = self.hidden_channels**-0.5 if self.use_scale and self.mode == "embedded_gaussian" else 1.0
-        match self.mode:
-            case "dot_product":
-                y, kind = pairwise_dot(q, k, v), "dot"
-            case "concatenation":
-                y, kind = pairwise_relu(q, k, v), "relu"
-            case _:
-                y, kind = pairwise_attention(q, k, v, scale=scale), "softmax"
+        if self.mode in SOFTMAX:
+            y, kind = pairwise_attention(q, k, v, scale=scale), "softmax"
+        else:
+            y, kind = (pairwise_dot(q, k, v), "dot") if self.mode == "dot_product" else (pairwise_relu(q, k, v), "relu")
         out = x + self.norm(project_to_map(y, self.out, x.shape[2:]))
         return (out, affinity_weights(q, k, kind, scale=scale)) if return_weights else out
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         """theta (B, N, d), phi (B, M, d), g (B, M, d); "concatenation": w . theta (B, N), w . phi (B, M), g."""
-        rows, d, later = flatten_space(x), self.hidden_channels, self.sub_sample and not self.pool_first
+        rows, size, d, later = flatten_space(x), x.shape[2:], self.hidden_channels, self.sub_sample and not self.pool_first
         if self.theta is None or self.phi is None:
             rows = rows.contiguous()
-            key = flatten_space(self._pool(x)).contiguous() if self.sub_sample else rows
+            key = flatten_space(halve(x)).contiguous() if self.sub_sample else rows
             v = project_rows(rows if later else key, self.g.weight, self.g.bias)
-            return rows, key, self._pool_rows(v, x) if later else v
+            return rows, key, halve_rows(v, size) if later else v
         query, key, w = (self.theta.weight, self.theta.bias), (self.phi.weight, self.phi.bias), None
         if self.concat_project is not None:
             w = self.concat_project.weight.unflatten(1, (2, d))
@@ -169,20 +157,12 @@ class NonLocal(Mechanism):
         weight, bias = (torch.cat(parts) for parts in zip(query, key, (self.g.weight, self.g.bias), strict=True))
         a = query[0].shape[0]
         if self.sub_sample and self.pool_first:
-            q, kv = project_rows(rows, weight[:a], bias[:a]), project_rows(flatten_space(self._pool(x)), weight[a:], bias[a:])
+            q, kv = project_rows(rows, weight[:a], bias[:a]), project_rows(flatten_space(halve(x)), weight[a:], bias[a:])
         else:
             q, kv = project_rows(rows, weight, bias).tensor_split((a,), 2)
-            kv = self._pool_rows(kv, x) if later else kv
+            kv = halve_rows(kv, size) if later else kv
         k, v = kv[..., :-d], kv[..., -d:]
         return (q, k, v) if w is None else (q[..., 0], k @ w[0, 1] if later else k[..., 0], v)
-
-    def _pool(self, x: Tensor) -> Tensor:
-        if self.dims == 1:
-            return F.max_pool1d(x, 2)
-        return F.max_pool2d(x, 2) if self.dims == 2 else F.max_pool3d(x, (1, 2, 2))
-
-    def _pool_rows(self, rows: Tensor, x: Tensor) -> Tensor:
-        return flatten_space(self._pool(unflatten_space(rows, x.shape[2:])))
 
 
 def _add_bias(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:

@@ -22,8 +22,8 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule
 from ...ops import graph_kernels as gk
-from ...ops._precision import full_precision
 from ...parts.heads import merge_heads, split_heads
+from ...parts.masks import zero_rows
 from ...validate import check_divisible, check_mask, check_option, check_tokens
 
 
@@ -119,12 +119,13 @@ class GraphKernelAttention(Mechanism):
 
     def key_maps(self) -> tuple[KeyMap, ...]:
         """One linear layer for each head and role; in the notebook's classifier below the number of the layer."""
-        prefixes = {"GKATLayer": "", **{f"GKAT classifier, layer {layer}": f"layers.{layer}." for layer in range(4)}}
-        heads = range(self.num_heads)
-        return tuple(
-            KeyMap(name, tuple(Rule(tuple(f"{prefix}{j}.fc_{r}.*" for j in heads), (f"{r.lower()}_proj.*",), _stack, _split) for r in "QKV"))
-            for name, prefix in prefixes.items()
-        )
+
+        def role(prefix: str, theirs: str, ours: str) -> Rule:
+            heads = tuple(f"{prefix}{head}.{theirs}.*" for head in range(self.num_heads))
+            return Rule(heads, (f"{ours}.*",), lambda t, _: [torch.cat(t)], lambda t, _: list(t[0].chunk(self.num_heads)))
+
+        layers = {"GKATLayer": "", **{f"GKAT classifier, layer {layer}": f"layers.{layer}." for layer in range(4)}}
+        return tuple(KeyMap(name, tuple(role(prefix, f"fc_{r}", f"{r.lower()}_proj") for r in "QKV")) for name, prefix in layers.items())
 
     def forward(
         self,
@@ -152,10 +153,9 @@ class GraphKernelAttention(Mechanism):
         require(kernel is None or frequency is None, "kernel and frequency are both given; {} needs one", type(self).__name__)
         if kernel is not None:
             gk.check_matrix(kernel, "kernel", x, heads=self.num_heads, signed=linear or learns)
-            kernel = kernel[None] if kernel.ndim == 2 else kernel
         elif frequency is not None:
             gk.check_frequency(frequency, x)
-            frequency = gk.normalise_rows(frequency[None] if frequency.ndim == 2 else frequency, self.kernel_norm)
+            frequency = gk.normalise_rows(frequency, self.kernel_norm)
         elif self.kernel == "none":
             kernel = x.new_ones(1, 1, 1).expand(1, x.shape[1], x.shape[1])
         else:
@@ -163,16 +163,13 @@ class GraphKernelAttention(Mechanism):
             assert adjacency is not None
             gk.check_matrix(adjacency, "adjacency", x)
             kernel = self._kernel(adjacency, node_mask)
-        if node_mask is not None:
-            x = x.masked_fill(~node_mask[..., None], 0.0)
+        x = zero_rows(x, node_mask)
         q, k, v = (split_heads(project(x), self.num_heads) for project in (self.q_proj, self.k_proj, self.v_proj))
         way: dict[str, Any] = {"frequency": frequency, "mask": node_mask, "feature_map": self.feature_map if linear else None}
         out = merge_heads(gk.attend(q, k, v, kernel, **way, signed=learns, dropout=self.dropout if self.training else 0.0))
         if self.activation is not None:
             out = getattr(nn.functional, self.activation)(out)
-        out = out if self.out_proj is None else self.out_proj(out)
-        if node_mask is not None:
-            out = out.masked_fill(~node_mask[..., None], 0.0)
+        out = zero_rows(out if self.out_proj is None else self.out_proj(out), node_mask)
         if not return_weights:
             return out
         w = gk.weights(q, k, kernel, **way)
@@ -184,24 +181,7 @@ class GraphKernelAttention(Mechanism):
         gk.check_matrix(adjacency, "adjacency")
         return self._kernel(adjacency, node_mask)
 
-    def _kernel(self, adjacency: Tensor, node_mask: Tensor | None) -> Tensor:
-        with full_precision(self.q_proj.weight):
-            if self.kernel == "random_walk":
-                return gk.random_walk_kernel(gk.real_part(adjacency, node_mask), self.walk_length, self.decay, self.kernel_norm)
-            adjacency = gk.real_part(adjacency.to_dense() if adjacency.layout != torch.strided else adjacency, node_mask)
-            if self.kernel == "adjacency":
-                return gk.neighbour_kernel(adjacency)
-            operator = gk.symmetric_operator(adjacency)
-            if self.kernel == "diffusion":
-                return gk.diffusion_kernel(operator, self.heat_params.to(operator.dtype))
-            return gk.taylor_kernel(operator, self.taylor_params.to(operator.dtype))
-
-
-def _stack(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
-    return [torch.cat(tensors)]
-
-
-def _split(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
-    heads = module.num_heads
-    assert isinstance(heads, int)
-    return list(tensors[0].chunk(heads))
+    def _kernel(self, adjacency: Tensor, mask: Tensor | None) -> Tensor:
+        walks: dict[str, Any] = {"walk_length": self.walk_length, "decay": self.decay, "p": self.kernel_norm}
+        learned = self.heat_params if self.kernel == "diffusion" else self.taylor_params if self.kernel == "taylor" else None
+        return gk.kernel_of(adjacency, self.kernel, **walks, learned=learned, mask=mask)

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
-from ...official import KeyMap, Rule, rename
+from ...official import KeyMap, Rule, pointwise, rename
 from ...ops._dispatch import on_cpu
 from ...ops.local_window import Window, window_attention, window_attention_weights
 from ...validate import check_divisible, check_map, check_option
@@ -30,24 +30,24 @@ def _round8(width: float) -> int:
     return rounded + 8 if rounded < 0.9 * width else rounded
 
 
-def _to_conv(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
-    return [w[..., None, None] if w.ndim == 2 else w for w in tensors]
-
-
-def _to_linear(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
-    return [w.flatten(1) if w.ndim == 4 else w for w in tensors]
+def _linear(theirs: str, ours: str) -> Rule:
+    """A linear layer of theirs that is a 1x1 convolution of ours: `pointwise` the other way round."""
+    back = pointwise(ours, theirs, 2)
+    return Rule((theirs,), (ours,), back.write, back.read)
 
 
 def _pair_heads(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
-    """All keys, then all values -> the keys and values of each head in turn."""
+    """A linear layer, all keys, then all values -> a convolution, the keys and values of each head in turn."""
     heads, k, v = (int(getattr(module, name)) for name in ("num_heads", "qk_head_dim", "v_head_dim"))
     keys, values = tensors[0].split([heads * k, heads * v])
-    return _to_conv([torch.cat([keys.unflatten(0, (heads, k)), values.unflatten(0, (heads, v))], 1).flatten(0, 1)], module)
+    w = torch.cat([keys.unflatten(0, (heads, k)), values.unflatten(0, (heads, v))], 1).flatten(0, 1)
+    return [w[..., None, None] if w.ndim == 2 else w]
 
 
 def _part_heads(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
     heads, k, v = (int(getattr(module, name)) for name in ("num_heads", "qk_head_dim", "v_head_dim"))
-    keys, values = _to_linear(tensors, module)[0].unflatten(0, (heads, k + v)).split([k, v], 1)
+    w = tensors[0].flatten(1) if tensors[0].ndim == 4 else tensors[0]
+    keys, values = w.unflatten(0, (heads, k + v)).split([k, v], 1)
     return [torch.cat([keys.flatten(0, 1), values.flatten(0, 1)])]
 
 
@@ -93,15 +93,14 @@ class HaloAttention(Mechanism):
         place="B",
     )
     official: ClassVar = (
-        KeyMap("timm", (rename("pos_embed.height_rel", "height_rel"), rename("pos_embed.width_rel", "width_rel"))),
+        KeyMap("timm", tuple(rename(f"pos_embed.{side}_rel", f"{side}_rel") for side in ("height", "width"))),
         KeyMap(
             "lucidrains/halonet-pytorch",
             (
-                Rule(("to_q.*",), ("q.*",), _to_conv, _to_linear),
+                _linear("to_q.*", "q.*"),
                 Rule(("to_kv.*",), ("kv.*",), _pair_heads, _part_heads),
-                Rule(("to_out.*",), ("out.*",), _to_conv, _to_linear),
-                rename("rel_pos_emb.rel_height", "height_rel"),
-                rename("rel_pos_emb.rel_width", "width_rel"),
+                _linear("to_out.*", "out.*"),
+                *(rename(f"rel_pos_emb.rel_{side}", f"{side}_rel") for side in ("height", "width")),
             ),
         ),
     )
@@ -151,13 +150,10 @@ class HaloAttention(Mechanism):
         self.height_rel = nn.Parameter(torch.empty(2 * self.window - 1, self.qk_head_dim, **dd))
         self.width_rel = nn.Parameter(torch.empty(2 * self.window - 1, self.qk_head_dim, **dd))
         self.out = nn.Conv2d(value_width, out_channels, 1, **dd) if out_proj else None
-        for weight, std in (
-            (self.q.weight, channels**-0.5),
-            (self.kv.weight, channels**-0.5),
-            (self.height_rel, self.scale),
-            (self.width_rel, self.scale),
-        ):
-            nn.init.trunc_normal_(weight, std=std)
+        for conv in (self.q, self.kv):
+            nn.init.trunc_normal_(conv.weight, std=channels**-0.5)
+        for rel in (self.height_rel, self.width_rel):
+            nn.init.trunc_normal_(rel, std=self.scale)
 
     def forward(
         self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False
@@ -177,10 +173,9 @@ class HaloAttention(Mechanism):
         k, v = self.kv(x).unflatten(1, (self.num_heads, -1)).split([self.qk_head_dim, self.v_head_dim], 2)
         window = Window(self.window, self.query_stride, padding="mask" if self.mask_border else "zero", offset_first=-self.halo_size)
         rel, rel_scale = (self.height_rel, self.width_rel), self.scale if self.scale_pos_embed else 1.0
-        out = window_attention(q, k, v, window, block=self.block_size, rel=rel, scale=self.scale, rel_scale=rel_scale).flatten(1, 2)
+        way: dict[str, Any] = {"block": self.block_size, "rel": rel, "scale": self.scale, "rel_scale": rel_scale}
+        out = window_attention(q, k, v, window, **way).flatten(1, 2)
         out = F.avg_pool2d(out, 2) if self.query_stride < self.stride else out
         out = out if self.out is None else self.out(out)
         out = out.contiguous() if rows_first else out
-        if not return_weights:
-            return out
-        return out, window_attention_weights(q, k, window, block=self.block_size, rel=rel, scale=self.scale, rel_scale=rel_scale)
+        return (out, window_attention_weights(q, k, window, **way)) if return_weights else out

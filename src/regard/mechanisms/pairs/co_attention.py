@@ -124,13 +124,10 @@ class CoAttention(Mechanism):
         fits = bs.ndim == 5 and bs.shape[0] == a.shape[0] and bs.shape[2] == self.channels and min(bs.shape) > 0
         require(fits, "bs must be ({}, frames, {}, height, width), got {}", a.shape[0], self.channels, tuple(bs.shape))
         self._check_statistics(a)
-        rows_a, rows_b = flatten_space(a).contiguous(), bs.flatten(3).mT.flatten(1, 2)
+        rows_a, rows_b = flatten_space(a).contiguous(), flatten_space(bs.flatten(0, 1)).contiguous()
         score_a, score_b = self._embed(rows_a, rows_b)
-        frames = bs.shape[1]
-        score_a = score_a.repeat_interleave(frames, 0)
-        score_b, rows_b = (t.unflatten(1, (frames, -1)).flatten(0, 1) for t in (score_b, rows_b))
-        z = self._gate(pairwise_attention(score_a, score_b, rows_b))
-        return self._fuse(z.unflatten(0, (-1, frames)).mean(1), a, 1)
+        z = self._gate(pairwise_attention(score_a.repeat_interleave(bs.shape[1], 0), score_b, rows_b))
+        return self._fuse(z.unflatten(0, (-1, bs.shape[1])).mean(1), a, 1)
 
     def orthogonality_loss(self, weight: float = 1e-4) -> Tensor:
         """weight || P P^T - I ||_F, to be added to the training loss; of mode "symmetric" alone. The norm is not named in the paper."""
@@ -140,13 +137,11 @@ class CoAttention(Mechanism):
 
     def _embed(self, a: Tensor, b: Tensor) -> Pair:
         """Rows (B, Na, C), (B, Nb, C) whose inner products are the affinity."""
-        match self.mode:
-            case "vanilla":
-                return self.linear_e(a), b
-            case "symmetric":
-                return self.proj(a) * self.diag, self.proj(b)
-            case _:
-                return a * self.diag_a, b * self.diag_b
+        if self.mode == "vanilla":
+            return self.linear_e(a), b
+        if self.mode == "symmetric":
+            return self.proj(a) * self.diag, self.proj(b)
+        return a * self.diag_a, b * self.diag_b
 
     def _gate(self, z: Tensor) -> Tensor:
         return z if self.gate_proj is None else z * self.gate_proj(z).sigmoid()
@@ -163,6 +158,5 @@ class CoAttention(Mechanism):
         return F.relu(norm(conv(both)))
 
     def _check_statistics(self, *maps: Tensor) -> None:
-        if self.fuse == "conv":
-            for x in maps:
-                check_batch_statistics(self.bn1, x.numel() // self.channels, "a batch of one 1 x 1 map", "fuse")
+        for x in maps if self.fuse == "conv" else ():
+            check_batch_statistics(self.bn1, x.numel() // self.channels, "a batch of one 1 x 1 map", "fuse")

@@ -8,7 +8,7 @@ in the paper): contiguous blocks of channels. Not in theirs: tokens, masks, cros
 the (dk, dv) contexts first. B batch, N queries, M keys, C width, H heads, dk = key width / H, dv = value width / H.
 """
 
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -20,17 +20,11 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise
 from ...ops.linear_attention import blockwise, full_precision, linear_attention, prefix_softmax_attention
-from ...parts.heads import merge_heads, split_heads
-from ...validate import check_context, check_divisible, check_map, check_mask, check_option, check_tokens
+from ...ops.linear_attention.streaming import EfficientState, efficient_start, efficient_step
+from ...parts.heads import check_position, check_streaming, checked_source, merge_heads, split_heads
+from ...validate import check_divisible, check_map, check_option
 
 LAYERS = ("keys", "queries", "values", "reprojection")
-
-
-class EfficientState(NamedTuple):
-    """What one position hands to the next: for each key channel the mean of the values so far, and the log of the sum of exponentiated keys."""
-
-    context: Tensor
-    total: Tensor
 
 
 class EfficientAttention(Mechanism):
@@ -150,12 +144,9 @@ class EfficientAttention(Mechanism):
                 q = self._queries(_rows(self.queries, rows).unflatten(1, (self.num_heads, -1)), 2).flatten(1, 2)
                 out = torch.baddbmm(self.reprojection.bias.unsqueeze(-1), self._folded(rows, None).mT, q.to(x.dtype)).view(x.shape)
         else:
-            check_tokens(x, self.width)
             require(not self.causal or context is None, "efficient with causal=True reads x alone; context={} cannot be given", "...")
-            if context is not None:
-                check_context(x, context, self.width)
-            check_mask(key_mask, x.shape[0], x.shape[1] if context is None else context.shape[1])
-            out = self._causal(x, key_mask) if self.causal else self._tokens(x, (x if context is None else context).mT, key_mask)
+            source = checked_source(x, context, self.width, self.width, key_mask)
+            out = self._causal(x, key_mask) if self.causal else self._tokens(x, source.mT, key_mask)
         out = F.dropout(out, self.dropout, self.training)
         return out + x if self.residual else out
 
@@ -209,20 +200,16 @@ class EfficientAttention(Mechanism):
 
     def init_state(self, batch: int) -> EfficientState:
         """The state before the first position of `batch` sequences; step by step needs causal=True."""
-        require(self.causal, "efficient runs step by step only with causal=True, got causal={}", self.causal)
-        weight = self.keys.weight
-        dd = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        context = torch.zeros(batch, self.num_heads, self.key_head, self.value_head, **dd)
-        return EfficientState(context, torch.full((batch, self.num_heads, self.key_head, 1), float("-inf"), **dd))
+        check_streaming(self.causal, "efficient")
+        return efficient_start(batch, self.num_heads, self.key_head, self.value_head, self.keys.weight)
 
     def step(self, x: Float[Tensor, "b dim"], state: EfficientState) -> tuple[Float[Tensor, "b dim"], EfficientState]:
         """One more position: its output and the new state."""
-        require(x.ndim == 2 and x.shape[-1] == self.width, "x must be (batch, {}), one position, got {}", self.width, tuple(x.shape))
-        q, k, v = (f(x).unflatten(1, (self.num_heads, -1)).to(state.context.dtype) for f in (self.queries, self.keys, self.values))
-        total = torch.logaddexp(state.total, k.unsqueeze(-1))
-        context = state.context * (state.total - total).exp() + (k.unsqueeze(-1) - total).exp() * v.unsqueeze(2)
-        out = self.reprojection((q.softmax(-1).unsqueeze(2) @ context).flatten(1).to(x.dtype))
-        return (out + x if self.residual else out), EfficientState(context, total)
+        check_position(x, self.width)
+        q, k, v = (f(x).unflatten(1, (self.num_heads, -1)) for f in (self.queries, self.keys, self.values))
+        out, state = efficient_step(q, k, v, state)
+        out = self.reprojection(out.flatten(1).to(x.dtype))
+        return (out + x if self.residual else out), state
 
 
 def _rows(layer: nn.Linear, rows: Tensor) -> Tensor:

@@ -10,11 +10,9 @@ key_mask holds in causal mode too: w_j = 0 for masked j, which the means leave o
 slots, H heads of width d, Hp memory heads of width dp.
 """
 
-import math
-from typing import ClassVar, NamedTuple
+from typing import ClassVar
 
 import torch
-import torch.nn.functional as F
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -22,20 +20,11 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, rename
-from ...ops.linear_attention import blockwise, chunk_size, full_precision, linear_attention
+from ...ops.linear_attention import causal_memory_attention, chunk_size
+from ...ops.linear_attention.streaming import LunaState, luna_start, luna_step
 from ...ops.softmax_attention import attend, attention_weights
-from ...parts.heads import head_width, merge_heads, split_heads
-from ...validate import check_context, check_divisible, check_mask, check_tokens
-
-
-class LunaState(NamedTuple):
-    """What one position hands to the next: sums of k^T w and of w^T v, how many positions, and the memory's queries and mask."""
-
-    keys_by_weights: Tensor
-    weights_by_values: Tensor
-    count: Tensor
-    memory_queries: Tensor
-    memory_mask: Tensor
+from ...parts.heads import check_position, check_streaming, checked_source, head_width, merge_heads, split_heads
+from ...validate import check_divisible, check_mask, check_tokens
 
 
 class LunaAttention(Mechanism):
@@ -147,12 +136,9 @@ class LunaAttention(Mechanism):
         Returns (B, N, dim), then the new memory (B, L, dim) if asked for (the old one in causal mode), then the weights (B, H, N, L) of the unpack
         stage if asked for. `key_mask` hides positions from the memory, `memory_mask` hides slots from the queries.
         """
-        check_tokens(x, self.dim)
         require(not self.causal or context is None, "luna with causal=True reads x alone; context={} cannot be given", "...")
-        source = x if context is None else context
-        check_context(x, source, self.context_dim)
         require(attn_mask is None, "luna goes through its memory and has no pairs for attn_mask={} to hide; use key_mask or memory_mask", "...")
-        check_mask(key_mask, source.shape[0], source.shape[1])
+        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
         memory = self._memory(memory, x.shape[0])
         check_mask(memory_mask, x.shape[0], memory.shape[-2], name="memory_mask")
         out, packed, weights = (self._causal if self.causal else self._pack_and_unpack)(x, source, memory, key_mask, memory_mask, return_weights)
@@ -176,63 +162,27 @@ class LunaAttention(Mechanism):
     def _causal(
         self, x: Tensor, source: Tensor, memory: Tensor, key_mask: Tensor | None, memory_mask: Tensor | None, return_weights: bool
     ) -> tuple[Tensor, Tensor, Tensor | None]:
-        h, n = self.num_heads, x.shape[1]
-        q, kp, (k, v) = split_heads(self.q_proj(x), h), split_heads(self.pc_proj(x), h), self._keys_values(x, "", h)
-        p = self._memory_queries(memory, h)
-        mask = None if key_mask is None else key_mask[:, None]
-        counts = torch.arange(1, n + 1, device=x.device).expand(1, 1, n) if mask is None else mask.cumsum(-1).clamp_min(1)
-        slots = None if memory_mask is None else memory_mask[:, None, None]
-        tensors = (q, kp, k, v, p, counts.unsqueeze(-1), mask, slots)
-        if self.training and self.dropout:  # the same units must fall out when the backward pass computes again
-            out = self._causal_core(*tensors)
-        else:
-            out = blockwise(self._causal_core, *tensors, floats=4 * n * (memory.shape[-2] + self.head_dim))
-        return out, memory, self._causal_core(*tensors, return_weights=True) if return_weights else None
+        tensors = (*self._causal_heads(x), self._memory_queries(memory, self.num_heads), key_mask, memory_mask)
+        dropout = self.dropout if self.training else 0.0
+        out = causal_memory_attention(*tensors, dropout=dropout)
+        return out, memory, causal_memory_attention(*tensors, dropout=dropout, return_weights=True) if return_weights else None
 
-    def _causal_core(
-        self,
-        q: Tensor,
-        kp: Tensor,
-        k: Tensor,
-        v: Tensor,
-        p: Tensor,
-        counts: Tensor,
-        mask: Tensor | None,
-        slots: Tensor | None,
-        return_weights: bool = False,
-    ) -> Tensor:
-        given = q.dtype
-        with full_precision(q):
-            q, kp, k, p = (t.to(torch.promote_types(t.dtype, torch.float32)) for t in (q, kp, k, p))
-            w = F.dropout(self._slot_weights(kp, p), self.dropout, self.training)
-            a = self._slot_softmax(linear_attention(q * self.head_dim**-0.5, k, w, mask=mask, causal=True) / counts, slots)
-            if return_weights:
-                return a.to(given)
-            a = F.dropout(a, self.dropout, self.training)
-            return (linear_attention(a, w, v.to(a.dtype), mask=mask, causal=True) / counts).to(given)
+    def _causal_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """q, k', k, v of the causal form, (B, H, N, d) each."""
+        return split_heads(self.q_proj(x), self.num_heads), split_heads(self.pc_proj(x), self.num_heads), *self._keys_values(x, "", self.num_heads)
 
     def init_state(self, batch: int, *, memory: Tensor | None = None, memory_mask: Tensor | None = None) -> LunaState:
         """The state before the first position of `batch` sequences; step by step needs causal=True."""
-        require(self.causal, "luna runs step by step only with causal=True, got causal={}", self.causal)
+        check_streaming(self.causal, "luna")
         memory = self._memory(memory, batch)
         check_mask(memory_mask, batch, memory.shape[-2], name="memory_mask")
-        p = self._memory_queries(memory, self.num_heads).expand(batch, -1, -1, -1)
-        p = p.to(torch.promote_types(p.dtype, torch.float32))
-        sums = p.new_zeros(batch, self.num_heads, self.head_dim, memory.shape[-2])
-        mask = torch.ones(batch, memory.shape[-2], dtype=torch.bool, device=p.device) if memory_mask is None else memory_mask
-        return LunaState(sums, sums.mT.clone(), torch.zeros(batch, dtype=torch.long, device=p.device), p, mask)
+        return luna_start(self._memory_queries(memory, self.num_heads).expand(batch, -1, -1, -1), memory_mask)
 
     def step(self, x: Float[Tensor, "b dim"], state: LunaState) -> tuple[Float[Tensor, "b dim"], LunaState]:
         """One more position: its output and the new state."""
-        require(x.ndim == 2 and x.shape[-1] == self.dim, "x must be (batch, {}), one position, got {}", self.dim, tuple(x.shape))
-        x, h, total = x[:, None], self.num_heads, state.keys_by_weights.dtype
-        q, kp, k, v = (split_heads(t, h).to(total) for t in (self.q_proj(x), self.pc_proj(x), *self._projected(x, "")))
-        w, count = self._slot_weights(kp, state.memory_queries), state.count + 1
-        kw, wv = state.keys_by_weights + k.mT @ w, state.weights_by_values + w.mT @ v
-        scale = count[:, None, None, None]
-        a = self._slot_softmax((q * self.head_dim**-0.5) @ kw / scale, state.memory_mask[:, None, None])
-        out = self.out_proj(merge_heads((a @ wv / scale).to(x.dtype)))
-        return out[:, 0], LunaState(kw, wv, count, state.memory_queries, state.memory_mask)
+        check_position(x, self.dim)
+        out, state = luna_step(*self._causal_heads(x[:, None]), state)
+        return self.out_proj(merge_heads(out.to(x.dtype)))[:, 0], state
 
     def _memory(self, memory: Tensor | None, batch: int) -> Tensor:
         """(L, D) if learned, (B, L, D) if given."""
@@ -248,22 +198,6 @@ class LunaAttention(Mechanism):
         p = self.pq_proj(memory)
         return split_heads(p if p.ndim == 3 else p.unsqueeze(0), heads)
 
-    def _projected(self, source: Tensor, stage: str) -> tuple[Tensor, Tensor]:
-        if self.tie_kv:
-            both = getattr(self, f"{stage}c_proj")(source)
-            return both, both
-        return getattr(self, f"{stage}k_proj")(source), getattr(self, f"{stage}v_proj")(source)
-
     def _keys_values(self, source: Tensor, stage: str, heads: int) -> tuple[Tensor, Tensor]:
-        k, v = self._projected(source, stage)
-        return split_heads(k, heads), split_heads(v, heads)
-
-    def _slot_weights(self, kp: Tensor, p: Tensor) -> Tensor:
-        """How much of each position goes into each slot, (B, H, N, L)."""
-        return F.softplus(kp @ (p * self.head_dim**-0.5).mT, beta=math.log(2))
-
-    @staticmethod
-    def _slot_softmax(scores: Tensor, slots: Tensor | None) -> Tensor:
-        if slots is None:
-            return scores.softmax(-1)
-        return scores.masked_fill(~slots, torch.finfo(scores.dtype).min).softmax(-1).masked_fill(~slots, 0.0)
+        found = [split_heads(getattr(self, f"{stage}{name}_proj")(source), heads) for name in (["c"] if self.tie_kv else ["k", "v"])]
+        return found[0], found[-1]

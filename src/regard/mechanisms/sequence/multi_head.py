@@ -9,7 +9,6 @@ normed queries and keys, rotary and relative positions; a query with no allowed 
 
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
@@ -18,9 +17,11 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, fused
 from ...ops.softmax_attention import attend, attention_weights, combine_masks
-from ...parts.heads import head_width, init_projections_, merge_heads, split_heads
-from ...parts.positions import RelativeBias, alibi_bias, alibi_slopes, rotary
-from ...validate import check_bool, check_broadcastable, check_context, check_divisible, check_floating, check_mask, check_tokens
+from ...parts.heads import checked_source, head_width, init_projections_, merge_heads, split_heads
+from ...parts.positions import RelativeBias, position_bias, rotate
+from ...validate import check_bool, check_broadcastable, check_divisible, check_floating
+
+IN_PROJ_BIAS = fused("in_proj_bias", [f"{n}_proj.bias" for n in "qkv"])
 
 
 class MultiHeadAttention(Mechanism):
@@ -62,22 +63,8 @@ class MultiHeadAttention(Mechanism):
         variants=({"dim": 24, "num_heads": 4, "num_kv_heads": 2, "rope": True, "causal": True}, {"dim": 24, "num_heads": 3, "rel_pos_bias": "t5"}),
     )
     official: ClassVar = (
-        KeyMap(
-            "torch.nn.MultiheadAttention",
-            (
-                fused("in_proj_weight", ("q_proj.weight", "k_proj.weight", "v_proj.weight")),
-                fused("in_proj_bias", ("q_proj.bias", "k_proj.bias", "v_proj.bias")),
-            ),
-        ),
-        KeyMap(
-            "torch.nn.MultiheadAttention with kdim",
-            (
-                fused("q_proj_weight", ("q_proj.weight",)),
-                fused("k_proj_weight", ("k_proj.weight",)),
-                fused("v_proj_weight", ("v_proj.weight",)),
-                fused("in_proj_bias", ("q_proj.bias", "k_proj.bias", "v_proj.bias")),
-            ),
-        ),
+        KeyMap("torch.nn.MultiheadAttention", (fused("in_proj_weight", [f"{n}_proj.weight" for n in "qkv"]), IN_PROJ_BIAS)),
+        KeyMap("torch.nn.MultiheadAttention with kdim", (*(fused(f"{n}_proj_weight", [f"{n}_proj.weight"]) for n in "qkv"), IN_PROJ_BIAS)),
     )
 
     def __init__(
@@ -128,9 +115,8 @@ class MultiHeadAttention(Mechanism):
         init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         self.q_norm = nn.RMSNorm(self.head_dim, 1e-6, **dd) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, 1e-6, **dd) if qk_norm else nn.Identity()
-        self.rel_pos_bias = None
-        if rel_pos_bias:
-            self.rel_pos_bias = RelativeBias(rel_pos_bias, num_heads, not causal, max_len, num_buckets, max_distance, **dd)
+        relative = (num_heads, not causal, max_len, num_buckets, max_distance)
+        self.rel_pos_bias = RelativeBias(rel_pos_bias, *relative, **dd) if rel_pos_bias else None
 
     def forward(
         self,
@@ -145,11 +131,8 @@ class MultiHeadAttention(Mechanism):
         return_weights: bool = False,
     ) -> Float[Tensor, "b n dim"] | tuple[Tensor, Tensor]:
         """Attend from `x` to `context` (to `x` itself if None). Returns (B, N, dim), or that and the weights (B, H, N, M)."""
-        check_tokens(x, self.dim)
-        source = x if context is None else context
-        check_context(x, source, self.context_dim)
+        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
         (b, n, _), m = x.shape, source.shape[1]
-        check_mask(key_mask, b, m)
         if attn_mask is not None:
             check_bool(attn_mask, "attn_mask")
             check_broadcastable(attn_mask, (b, self.num_heads, n, m), "attn_mask")
@@ -160,30 +143,15 @@ class MultiHeadAttention(Mechanism):
         k = self.k_norm(split_heads(self.k_proj(source), self.num_kv_heads))
         v = split_heads(self.v_proj(source), self.num_kv_heads)
         if self.rope:
-            q, k = (
-                self._rotate(q, positions, "positions"),
-                self._rotate(k, context_positions if context is not None else positions, "context_positions"),
-            )
+            kind = (self.rope_dim, self.rope_base, self.rope_interleaved)
+            q = rotate(q, positions, "positions", *kind)
+            k = rotate(k, positions if context is None else context_positions, "context_positions", *kind)
         mask = combine_masks(key_mask[:, None, None] if key_mask is not None else None, attn_mask)
-        options = {"scale": self.scale, "mask": mask, "bias": self._bias(n, m, attn_bias), "causal": self.causal}
+        bias = position_bias(n, m, attn_bias, self.num_heads if self.alibi else 0, self.rel_pos_bias, self.q_proj.weight)
+        options = {"scale": self.scale, "mask": mask, "bias": bias, "causal": self.causal}
         out = attend(q, k, v, dropout=self.dropout if self.training else 0.0, **options)
         out = self.out_proj(merge_heads(out))
         return (out, attention_weights(q, k, **options)) if return_weights else out
-
-    def _rotate(self, x: Tensor, positions: Tensor | None, name: str) -> Tensor:
-        positions = torch.arange(x.shape[2], device=x.device) if positions is None else positions
-        fits = positions.shape[-1] == x.shape[2] and positions.ndim in (1, 2)
-        require(fits, "{} must be (positions,) or (batch, positions) for {} positions, got {}", name, x.shape[2], tuple(positions.shape))
-        return rotary(x, positions, self.rope_dim, self.rope_base, self.rope_interleaved)
-
-    def _bias(self, n: int, m: int, attn_bias: Tensor | None) -> Tensor | None:
-        bias = attn_bias
-        if self.alibi:
-            slopes = torch.tensor(alibi_slopes(self.num_heads), device=self.q_proj.weight.device, dtype=self.q_proj.weight.dtype)
-            bias = alibi_bias(slopes, n, m) if bias is None else bias + alibi_bias(slopes, n, m)
-        if self.rel_pos_bias is not None:
-            bias = self.rel_pos_bias(n, m) if bias is None else bias + self.rel_pos_bias(n, m)
-        return bias
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:

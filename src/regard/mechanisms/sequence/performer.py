@@ -13,7 +13,7 @@ Not in the paper: key masks that leave every maximum and sum. B batch, N queries
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import ClassVar, Literal, NamedTuple
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -25,22 +25,14 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, fused, rename
 from ...ops.linear_attention import blockwise, chunk_size, linear_attention
-from ...parts.feature_maps import FeatureMap, Stabilise, itself, largest, random_projection, running
-from ...parts.heads import head_width, merge_heads, split_heads
-from ...parts.positions import rotary
-from ...validate import check_context, check_mask, check_option, check_tokens
+from ...ops.linear_attention.streaming import PerformerState, performer_start, performer_step
+from ...parts.feature_maps import FeatureMap, counts_as_forward, largest, projection_per_head, random_projection, running
+from ...parts.heads import check_position, check_streaming, checked_source, head_width, merge_heads, split_heads
+from ...parts.positions import rotate
+from ...validate import check_option
 
+HKUNLP = (*(fused(f"qkv.{kind}", [f"{n}_proj.{kind}" for n in "qkv"]) for kind in ("weight", "bias")), rename("proj.*", "out_proj.*"))
 KINDS = ("favor+", "relu", "trig", "softmax")
-
-
-class PerformerState(NamedTuple):
-    """What one position hands to the next: sums of features times [v, 1], of [v, 1] alone, the stabilisers so far, and the number of positions."""
-
-    sums: Tensor
-    values: Tensor
-    key_shift: Tensor
-    query_shift: Tensor
-    position: Tensor
 
 
 class PerformerAttention(Mechanism):
@@ -101,23 +93,10 @@ class PerformerAttention(Mechanism):
     official: ClassVar = (
         KeyMap(
             "lucidrains/performer-pytorch",
-            (
-                *(rename(f"to_{name}.*", f"{name}_proj.*") for name in ("q", "k", "v", "out")),
-                rename("fast_attention.projection_matrix", "projection"),
-            ),
+            (*(rename(f"to_{n}.*", f"{n}_proj.*") for n in ("q", "k", "v", "out")), rename("fast_attention.projection_matrix", "projection")),
             ignore=(r"fast_attention\.calls_since_last_redraw",),
         ),
-        *(
-            KeyMap(
-                f"HKUNLP/efficient-attention ({theirs})",
-                (
-                    *(fused(f"qkv.{kind}", [f"{name}_proj.{kind}" for name in "qkv"]) for kind in ("weight", "bias")),
-                    rename("proj.*", "out_proj.*"),
-                    rename(theirs, "projection"),
-                ),
-            )
-            for theirs in ("random_proj", "eval_proj")
-        ),
+        *(KeyMap(f"HKUNLP/efficient-attention ({name})", (*HKUNLP, rename(name, "projection"))) for name in ("random_proj", "eval_proj")),
     )
 
     def __init__(
@@ -203,14 +182,11 @@ class PerformerAttention(Mechanism):
 
         `projection`, (m, d) or (H, m, d), replaces the module's own in this call.
         """
-        check_tokens(x, self.dim)
-        source = x if context is None else context
-        check_context(x, source, self.context_dim)
         require(attn_mask is None, "performer never forms the pairs that attn_mask={} would hide; use key_mask or causal=True", "...")
-        if self.causal and context is not None:
-            n, m = x.shape[1], source.shape[1]
-            require(n == m, "performer with causal=True needs as many keys as queries, got {} queries and a context of {}", n, m)
-        check_mask(key_mask, source.shape[0], source.shape[1])
+        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
+        n, m = x.shape[1], source.shape[1]
+        fits = not self.causal or context is None or n == m
+        require(fits, "performer with causal=True needs as many keys as queries, got {} queries and a context of {}", n, m)
         if projection is None:
             self._redraw_if_due()
         q, k, v = self._split(x, source, None)
@@ -226,12 +202,12 @@ class PerformerAttention(Mechanism):
     ) -> Tensor:
         """The core alone, on (B, H, N, d)."""
         w = self.projection if projection is None else projection
-        w = None if w is None else self._per_head(w, q)
+        w = None if w is None else projection_per_head(w, q.shape[1], q.shape[3])
         causal = self.causal if causal is None else causal
 
         def core(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, mask: Tensor | None) -> Tensor:
             options = {"causal": causal, "normalize": True, "key_eps": 1e-6 if causal else 0.0, "denom_min": self.denom_min}
-            fq, fk = self._queries(q, w, largest(None))[0], self._keys(k, w, mask, causal)
+            fq, fk = self._map.queries(q, w, largest(None))[0], self._map.keys(k, w, mask, causal)
             return linear_attention(fq, fk, v, mask=None if mask is None else mask.squeeze(-1), **options)
 
         mask = None if key_mask is None else key_mask[:, None, :, None]
@@ -249,57 +225,25 @@ class PerformerAttention(Mechanism):
 
     def init_state(self, batch: int) -> PerformerState:
         """The state before the first position of `batch` sequences; step by step needs causal=True."""
-        require(self.causal, "performer runs step by step only with causal=True, got causal={}", self.causal)
-        weight = self.q_proj.weight
-        dd = {"device": weight.device, "dtype": torch.promote_types(weight.dtype, torch.float32)}
-        h, width = self.num_heads, self.head_dim + 1
-        shift = torch.full((batch, h, 1, 1), float("-inf"), **dd)
-        sums, values = torch.zeros(batch, h, self.feature_width, width, **dd), torch.zeros(batch, h, 1, width, **dd)
-        return PerformerState(sums, values, shift, shift.clone(), torch.zeros(batch, dtype=torch.long, device=weight.device))
+        check_streaming(self.causal, "performer")
+        return performer_start(batch, self.num_heads, self.feature_width, self.head_dim, self.q_proj.weight)
 
     def step(self, x: Float[Tensor, "b dim"], state: PerformerState) -> tuple[Float[Tensor, "b dim"], PerformerState]:
         """One more position: its output, that of the whole sequence so far at its end, and the new state."""
-        require(x.ndim == 2 and x.shape[-1] == self.dim, "x must be (batch, {}), one position, got {}", self.dim, tuple(x.shape))
+        check_position(x, self.dim)
         q, k, v = self._split(x[:, None], x[:, None], state.position[:, None])
-        w = None if self.projection is None else self._per_head(self.projection, q)
-        fq, cq = self._queries(q, w, running(state.query_shift))
-        fk, ck = self._map(k, w, running(state.key_shift))
-        v1 = torch.cat((v, torch.ones_like(v[..., :1])), -1).to(state.sums.dtype)
-        sums, values = state.sums * (state.key_shift - ck).exp() + fk.mT @ v1, state.values + v1
-        out = fq @ (sums + self._map.floor(w) * values)
-        total = out[..., -1:] + 1e-6 * fq.sum(-1, keepdim=True)
-        out = out[..., :-1] / (total if self.denom_min is None else total.clamp_min(self.denom_min))
-        ck, cq = ck.expand_as(state.key_shift), cq.expand_as(state.query_shift)
-        return self.out_proj(merge_heads(out.to(v.dtype)))[:, 0], PerformerState(sums, values, ck, cq, state.position + 1)
+        w = None if self.projection is None else projection_per_head(self.projection, self.num_heads, self.head_dim)
+        fq, fk = self._map.queries(q, w, running(state.query_shift)), self._map(k, w, running(state.key_shift))
+        out, state = performer_step(fq, fk, v, self._map.floor(w), state, 1e-6, self.denom_min)
+        return self.out_proj(merge_heads(out))[:, 0], state
 
     def _split(self, x: Tensor, source: Tensor, positions: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         q, k, v = (split_heads(t, self.num_heads) for t in (self.q_proj(x), self.k_proj(source), self.v_proj(source)))
         if self.q_scale is not None and self.k_scale is not None:
             q, k = F.normalize(q, dim=-1) * self.q_scale, F.normalize(k, dim=-1) * self.k_scale
         if self.rope:
-            at = [torch.arange(t.shape[2], device=t.device) if positions is None else positions for t in (q, k)]
-            q, k = (rotary(t, p, self.head_dim, 10000.0, self.rope_interleaved) for t, p in zip((q, k), at, strict=True))
+            q, k = (rotate(t, positions, "positions", self.head_dim, 10000.0, self.rope_interleaved) for t in (q, k))
         return q, k, v
-
-    def _per_head(self, w: Tensor, q: Tensor) -> Tensor:
-        """The projection as (1, 1 or H, m, d)."""
-        d, heads = q.shape[-1], w.shape[0] if w.ndim == 3 else 1
-        fits = w.ndim in (2, 3) and w.shape[-1] == d and heads in (1, q.shape[1])
-        require(fits, "projection must be (features, {}) or ({}, features, {}), got {}", d, q.shape[1], d, tuple(w.shape))
-        return w.reshape(1, heads, *w.shape[-2:])
-
-    def _queries(self, q: Tensor, w: Tensor | None, stabilise: Stabilise) -> tuple[Tensor, Tensor]:
-        if self.feature_map == "softmax":
-            return q.to(torch.promote_types(q.dtype, torch.float32)).softmax(-1), q.new_zeros(())
-        f, c = self._map(q, w, itself if self.feature_map == "favor+" else stabilise)
-        return f + self._map.floor(w), c
-
-    def _keys(self, k: Tensor, w: Tensor | None, mask: Tensor | None, causal: bool) -> Tensor:
-        if self.feature_map == "softmax" and not causal:
-            k = k.to(torch.promote_types(k.dtype, torch.float32))
-            return (k if mask is None else k.masked_fill(~mask, torch.finfo(k.dtype).min)).softmax(-2)
-        k = k if mask is None else k.masked_fill(~mask, 0.0)
-        return self._map(k, w, largest(mask))[0] + self._map.floor(w)
 
     def _draw(self, generator: torch.Generator | None, device, dtype) -> Tensor:
         heads = self.num_heads if self.per_head_features else None
@@ -309,8 +253,7 @@ class PerformerAttention(Mechanism):
     def _redraw_if_due(self) -> None:
         """Count a training forward in eager mode; a recomputation inside a backward pass (checkpointing) keeps its projection."""
         counts = self.training and self.redraw_interval is not None and self.projection is not None and not self.learnable_features
-        if not counts or torch.compiler.is_compiling() or torch._C._current_graph_task_id() != -1:
-            return
-        if self._calls == self.redraw_interval:
-            self.redraw()
-        self._calls += 1
+        if counts and counts_as_forward():
+            if self._calls == self.redraw_interval:
+                self.redraw()
+            self._calls += 1

@@ -7,14 +7,15 @@ arXiv:1810.00825. Follows the authors' code: scores divided by sqrt(out_dim). B 
 Not in the paper: masks. The points themselves are never masked.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...card import Card, Paper
+from ...card import Card
 from ...mechanism import Mechanism
-from ...parts.set_blocks import ISAB, zero_rows
+from ...parts.masks import zero_rows
+from ...parts.set_blocks import ISAB, SET_TRANSFORMER
 from ...validate import check_mask, check_tokens
 
 
@@ -32,13 +33,7 @@ class InducedSetAttentionBlock(ISAB, Mechanism):
     card: ClassVar = Card(
         id="isab",
         layout="set",
-        paper=Paper(
-            title="Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",
-            authors="Juho Lee, Yoonho Lee, Jungtaek Kim, Adam R. Kosiorek, Seungjin Choi, Yee Whye Teh",
-            venue="ICML",
-            year=2019,
-            arxiv="1810.00825",
-        ),
+        paper=SET_TRANSFORMER,
         source="juho-lee/set_transformer@73432c6 (MIT), modules.py",
         summary="Elements of a set interact through a few learned points, so cost grows linearly with the set.",
         when="Large sets, point clouds: more elements than all pairs can afford.",
@@ -53,21 +48,6 @@ class InducedSetAttentionBlock(ISAB, Mechanism):
         ),
         returns=("out", "weights_gather", "weights_spread"),
     )
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        out_dim: int | None = None,
-        num_inducing: int = 32,
-        *,
-        norm: bool = False,
-        scale: Literal["dim", "head"] = "dim",
-        dropout: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(dim, num_heads, out_dim, num_inducing, norm=norm, scale=scale, dropout=dropout, device=device, dtype=dtype)
 
     def forward(
         self, x: Float[Tensor, "b n dim"], *, mask: Bool[Tensor, "b n"] | None = None, return_weights: bool = False

@@ -8,14 +8,15 @@ arXiv:1810.00825. The authors' code scales by the full width D, not by the head 
 `scale="head"` is the paper's. B batch, N queries, M keys, D out_dim, H heads. Not in the paper: masks, dropout of weights.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...card import Card, Paper
+from ...card import Card
 from ...mechanism import Mechanism
-from ...parts.set_blocks import MAB, zero_rows
+from ...parts.masks import zero_rows
+from ...parts.set_blocks import MAB, SET_TRANSFORMER
 from ...validate import check_context, check_mask, check_tokens
 
 
@@ -33,13 +34,7 @@ class MultiheadAttentionBlock(MAB, Mechanism):
     card: ClassVar = Card(
         id="mab",
         layout="set",
-        paper=Paper(
-            title="Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",
-            authors="Juho Lee, Yoonho Lee, Jungtaek Kim, Adam R. Kosiorek, Seungjin Choi, Yee Whye Teh",
-            venue="ICML",
-            year=2019,
-            arxiv="1810.00825",
-        ),
+        paper=SET_TRANSFORMER,
         source="juho-lee/set_transformer@73432c6 (MIT), modules.py",
         summary="A set attends to another set, with a residual from the projected query and one row-wise layer.",
         when="A building block: one set of vectors must read another whose order means nothing.",
@@ -52,21 +47,6 @@ class MultiheadAttentionBlock(MAB, Mechanism):
             {"dim": 16, "num_heads": 2, "norm": True, "scale": "head"},
         ),
     )
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        context_dim: int | None = None,
-        out_dim: int | None = None,
-        *,
-        norm: bool = False,
-        scale: Literal["dim", "head"] = "dim",
-        dropout: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(dim, num_heads, context_dim, out_dim, norm=norm, scale=scale, dropout=dropout, device=device, dtype=dtype)
 
     def forward(
         self,

@@ -7,14 +7,15 @@ arXiv:1810.00825. The paper applies a row-wise layer to x first, the authors' co
 B batch, N elements, k seeds, D dim, H heads. Not in the paper: masks.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...card import Card, Paper
+from ...card import Card
 from ...mechanism import Mechanism
-from ...parts.set_blocks import PMA, zero_rows
+from ...parts.masks import zero_rows
+from ...parts.set_blocks import PMA, SET_TRANSFORMER
 from ...validate import check_mask, check_tokens
 
 
@@ -32,13 +33,7 @@ class PoolingByMultiheadAttention(PMA, Mechanism):
     card: ClassVar = Card(
         id="pma",
         layout="set",
-        paper=Paper(
-            title="Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",
-            authors="Juho Lee, Yoonho Lee, Jungtaek Kim, Adam R. Kosiorek, Seungjin Choi, Yee Whye Teh",
-            venue="ICML",
-            year=2019,
-            arxiv="1810.00825",
-        ),
+        paper=SET_TRANSFORMER,
         source="juho-lee/set_transformer@73432c6 (MIT), modules.py",
         summary="A few learned queries pool a set; permuting the set leaves the output unchanged.",
         when="Instead of mean or max pooling of a set, bag or sequence, and to see which elements count.",
@@ -49,21 +44,6 @@ class PoolingByMultiheadAttention(PMA, Mechanism):
         example={"dim": 16, "num_heads": 4, "num_seeds": 3},
         variants=({"dim": 16, "num_heads": 2, "norm": True, "rff": True, "scale": "head"}, {"dim": 15, "num_heads": 3}),
     )
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        num_seeds: int = 1,
-        *,
-        norm: bool = False,
-        rff: bool = False,
-        scale: Literal["dim", "head"] = "dim",
-        dropout: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(dim, num_heads, num_seeds, norm=norm, rff=rff, scale=scale, dropout=dropout, device=device, dtype=dtype)
 
     def forward(
         self, x: Float[Tensor, "b n dim"], *, mask: Bool[Tensor, "b n"] | None = None, return_weights: bool = False

@@ -7,14 +7,15 @@ arXiv:1810.00825. Follows the authors' code: scores divided by sqrt(out_dim). B 
 Not in the paper: masks.
 """
 
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from ...card import Card, Paper
+from ...card import Card
 from ...mechanism import Mechanism
-from ...parts.set_blocks import SAB, zero_rows
+from ...parts.masks import zero_rows
+from ...parts.set_blocks import SAB, SET_TRANSFORMER
 from ...validate import check_mask, check_tokens
 
 
@@ -31,13 +32,7 @@ class SetAttentionBlock(SAB, Mechanism):
     card: ClassVar = Card(
         id="sab",
         layout="set",
-        paper=Paper(
-            title="Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",
-            authors="Juho Lee, Yoonho Lee, Jungtaek Kim, Adam R. Kosiorek, Seungjin Choi, Yee Whye Teh",
-            venue="ICML",
-            year=2019,
-            arxiv="1810.00825",
-        ),
+        paper=SET_TRANSFORMER,
         source="juho-lee/set_transformer@73432c6 (MIT), modules.py",
         summary="All pairs of elements of a set interact; permuting the set permutes the output.",
         when="Sets of up to a few thousand elements whose interactions matter.",
@@ -47,20 +42,6 @@ class SetAttentionBlock(SAB, Mechanism):
         example={"dim": 16, "num_heads": 4},
         variants=({"dim": 10, "num_heads": 4, "out_dim": 24}, {"dim": 16, "num_heads": 2, "norm": True, "scale": "head"}),
     )
-
-    def __init__(
-        self,
-        dim: int,
-        num_heads: int,
-        out_dim: int | None = None,
-        *,
-        norm: bool = False,
-        scale: Literal["dim", "head"] = "dim",
-        dropout: float = 0.0,
-        device=None,
-        dtype=None,
-    ) -> None:
-        super().__init__(dim, num_heads, out_dim, norm=norm, scale=scale, dropout=dropout, device=device, dtype=dtype)
 
     def forward(
         self, x: Float[Tensor, "b n dim"], *, mask: Bool[Tensor, "b n"] | None = None, return_weights: bool = False

@@ -15,11 +15,12 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
-from ...card import Card, Paper
+from ...card import Card
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, rename
-from ...parts.set_blocks import ISAB, PMA, SAB, zero_rows
+from ...parts.masks import zero_rows
+from ...parts.set_blocks import ISAB, PMA, SAB, SET_TRANSFORMER
 from ...validate import check_mask, check_option, check_tokens
 
 
@@ -40,13 +41,7 @@ class SetTransformer(Mechanism):
     card: ClassVar = Card(
         id="set_transformer",
         layout="set",
-        paper=Paper(
-            title="Set Transformer: A Framework for Attention-based Permutation-Invariant Neural Networks",
-            authors="Juho Lee, Yoonho Lee, Jungtaek Kim, Adam R. Kosiorek, Seungjin Choi, Yee Whye Teh",
-            venue="ICML",
-            year=2019,
-            arxiv="1810.00825",
-        ),
+        paper=SET_TRANSFORMER,
         source="juho-lee/set_transformer@73432c6 (MIT), models.py, main_pointcloud.py",
         summary="A whole model from sets to vectors: induced attention, attention pooling, attention among the outputs.",
         when="Regression or classification of unordered sets of varying size; any number of outputs per set.",

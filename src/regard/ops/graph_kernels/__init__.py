@@ -4,6 +4,7 @@ from .api import attend, weights
 from .checks import check_frequency, check_matrix
 from .kernels import (
     diffusion_kernel,
+    kernel_of,
     neighbour_kernel,
     normalise_rows,
     random_walk_frequency,
@@ -18,6 +19,7 @@ __all__ = [
     "check_frequency",
     "check_matrix",
     "diffusion_kernel",
+    "kernel_of",
     "neighbour_kernel",
     "normalise_rows",
     "random_walk_frequency",

@@ -26,8 +26,8 @@ def attend(
 
     Args:
         q, k, v: (B, H, N, d).
-        kernel: broadcastable to (B, H, N, N); None stands for frequency frequency^T.
-        frequency: (B or 1, N, r), non-negative.
+        kernel: (N, N), (B or 1, N, N) or (B or 1, H or 1, N, N); None stands for frequency frequency^T.
+        frequency: (N, r) or (B or 1, N, r), non-negative.
         signed: the kernel may have negative entries, so its logarithm cannot be added to scores.
         mask: (B, N), True = a real node.
         feature_map: None for a softmax; "relu" or "elu" for a product of features.
@@ -78,13 +78,13 @@ def weights(
 
 
 def _dense(kernel: Tensor | None, frequency: Tensor | None) -> Tensor:
-    """(B or 1, H or 1, N, N)."""
+    """(B or 1, H or 1, N, N), of a kernel that may lack the axes of batch and heads."""
     if kernel is None:
         assert frequency is not None
         with full_precision(frequency):
             frequency = frequency.to(at_least_float32(frequency))
             kernel = frequency @ frequency.mT
-    return kernel if kernel.ndim == 4 else kernel[:, None]
+    return kernel if kernel.ndim == 4 else kernel[:, None] if kernel.ndim == 3 else kernel[None, None]
 
 
 def _choice(

@@ -102,6 +102,23 @@ def random_walk_kernel(adjacency: Tensor, walk_length: int, decay: float, p: flo
     return visits @ visits.mT
 
 
+def kernel_of(
+    adjacency: Tensor, kind: str, *, walk_length: int, decay: float, p: float | None, learned: Tensor | None, mask: Tensor | None
+) -> Tensor:
+    """The kernel "random_walk", "adjacency", "diffusion" or "taylor" of a graph whose real nodes are those of `mask` (B, N).
+
+    `walk_length`, `decay` and `p` are of "random_walk"; `learned` are the times of "diffusion" or the coefficients of "taylor".
+    """
+    with full_precision(adjacency):
+        if kind == "random_walk":
+            return random_walk_kernel(real_part(adjacency, mask), walk_length, decay, p)
+        adjacency = real_part(adjacency.to_dense() if adjacency.layout != torch.strided else adjacency, mask)
+        if learned is None:
+            return neighbour_kernel(adjacency)
+        learns = diffusion_kernel if kind == "diffusion" else taylor_kernel
+        return learns(symmetric_operator(adjacency), learned.to(adjacency.dtype))
+
+
 def neighbour_kernel(adjacency: Tensor) -> Tensor:
     """A + I > 0."""
     own = torch.eye(adjacency.shape[-1], device=adjacency.device, dtype=torch.bool)
