@@ -182,9 +182,9 @@ class Verify:
             return FAILED if failed else OK
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("", "id", "case"):
-            table.add_column(title, no_wrap=True)
+            table.add_column(title, no_wrap=title != "case", overflow="fold")
         for title in ("outputs", "gradients", "statistics"):
-            table.add_column(title, justify="right", no_wrap=True)
+            table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
         table.add_column("", overflow="fold")
         for v in verdicts:
             mark = Text("ok", style="green") if v.ok else Text("FAIL", style="bold red")
