@@ -105,6 +105,11 @@ def test_card_evaluates_its_formula_and_conditions() -> None:
     assert card().cost(Module(), B=2, N=3) == 60
     assert card(unless={"cross": "mode == 'a' and not causal"}).capabilities(Module()) == frozenset()
     assert card(unless={"cross": "mode in ('b', 'c') or dim > 9"}).capabilities(Module()) == {"cross"}
+    loose = card(bounds={"prefix_property": (0.2, "mode == 'b'")})
+    assert loose.bound("prefix_property", 1e-5, Module()) == 1e-5, "a tolerance widens only under its condition"
+    Module.mode = "b"
+    assert loose.bound("prefix_property", 1e-5, Module()) == 0.2
+    assert loose.bound("any_other", 1e-5, Module()) == 1e-5
     with pytest.raises(RegardError, match="'depth' is neither"):
         card(flops="depth * 2").cost(Module())
     with pytest.raises(RegardError, match="cannot evaluate"):

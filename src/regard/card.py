@@ -85,7 +85,8 @@ class Card:
         uncertain: what is not certain about that, in one line.
         returns: names of the outputs in order, as golden files name them.
         place: where it belongs in a residual network, a key of `PLACES`; maps only.
-        bounds: wider tolerances that the mechanism's definition forces, by check name or "golden.<case>"; each needs its reason in the file.
+        bounds: wider tolerances that the definition forces, by check name or "golden.<case>", each with the condition on the module's attributes
+            under which it holds: {"prefix_property": (0.2, "feature_map == 'favor+'")}. The reason stands in the file.
         variants: further constructor arguments of small instances that the checks also run on.
     """
 
@@ -106,7 +107,7 @@ class Card:
     place: str = ""
     variants: tuple[Mapping[str, Any], ...] = field(default=())
     unless: Mapping[str, str] = field(default_factory=dict)
-    bounds: Mapping[str, float] = field(default_factory=dict)
+    bounds: Mapping[str, tuple[float, str]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         require(self.layout in get_args(Layout), "card of {}: layout={!r} is not one of {}", self.id, self.layout, get_args(Layout))
@@ -119,6 +120,11 @@ class Card:
     def cost(self, module: object, **sizes: int) -> float:
         """FLOPs of one forward pass of `module` on inputs of these sizes, by the card's formula."""
         return float(evaluate(self.flops, lambda name: sizes[name] if name in sizes else getattr(module, name)))
+
+    def bound(self, check: str, usual: float, module: object) -> float:
+        """The tolerance of a check for this instance: `usual`, or the card's where its condition holds."""
+        wider, condition = self.bounds.get(check, (usual, "False"))
+        return wider if evaluate(condition, lambda attribute: getattr(module, attribute)) else usual
 
     def capabilities(self, module: object) -> frozenset[str]:
         """What this instance can do: `can`, less what its options take away. A causal module respects no permutation."""

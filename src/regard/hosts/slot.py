@@ -47,14 +47,7 @@ class TokenSlot(nn.Module):
     def forward(self, x: Tensor, key_mask: Tensor | None = None) -> Tensor:
         masked = {} if key_mask is None or self.mask_name is None else {self.mask_name: key_mask}
         out = first(self.module(x, **masked))
-        require(
-            out.shape == x.shape,
-            "{} turns {} into {}; a slot needs the same shape",
-            type(self.module).__name__,
-            tuple(x.shape),
-            tuple(out.shape),
-        )
-        return out
+        return _same_shape(out, x, self.module)
 
 
 class MapSlot(nn.Module):
@@ -68,16 +61,15 @@ class MapSlot(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         out = first(self.module(x))
-        require(
-            out.shape == x.shape,
-            "{} turns {} into {}; a slot needs the same shape",
-            type(self.module).__name__,
-            tuple(x.shape),
-            tuple(out.shape),
-        )
-        return out
+        return _same_shape(out, x, self.module)
 
 
 def first(out: Tensor | tuple[Tensor, ...]) -> Tensor:
     """The output of a mechanism that may also return weights or a state."""
     return out[0] if isinstance(out, tuple) else out
+
+
+def _same_shape(out: Tensor, x: Tensor, module: nn.Module) -> Tensor:
+    fits = out.shape == x.shape
+    require(fits, "{} turns {} into {}; a slot needs the same shape", type(module).__name__, tuple(x.shape), tuple(out.shape))
+    return out

@@ -122,7 +122,7 @@ def _compare(golden: Golden) -> Verdict:
 
     outputs = {name: (actual[name], t) for name, t in expected.items()}
     errors = {"output": _errors(outputs), "grad": _errors(gradients), "after": _errors(statistics)}
-    outer = registry.card(golden.id).bounds.get(f"golden.{golden.case}", OUTPUT_BOUND)
+    outer = registry.card(golden.id).bound(f"golden.{golden.case}", OUTPUT_BOUND, module)
     limits = {"output": outer, "grad": GRADIENT_BOUND, "after": outer}
     over = [(error / limits[kind], f"{kind}.{name}".rstrip("."), error) for kind, rows in errors.items() for name, error in rows.items()]
     worst = max(over)

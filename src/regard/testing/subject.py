@@ -106,9 +106,9 @@ class Subject:
             case _:
                 return {"x": noise(batch, space[0], self.width)}
 
-    def bound(self, check: str, usual: float) -> float:
-        """The tolerance of a check: the card's, where its definition forces a wider one."""
-        return self.card.bounds.get(check, usual) if self.card else usual
+    def bound(self, check: str, usual: float, module: nn.Module) -> float:
+        """The tolerance of a check: the card's, where the definition forces a wider one on this instance."""
+        return self.card.bound(check, usual, module) if self.card else usual
 
     @property
     def main(self) -> str:

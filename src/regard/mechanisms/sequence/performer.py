@@ -88,7 +88,7 @@ class PerformerAttention(Mechanism):
             {"dim": 24, "num_heads": 2, "feature_map": "softmax"},
         ),
         # "favor+" measures the 1e-6 of causal key sums against the largest of all keys; maps without it are exact (their tests).
-        bounds={"prefix_property": 0.2, "steps_equal_the_whole": 0.2},
+        bounds=dict.fromkeys(("prefix_property", "steps_equal_the_whole"), (0.2, "feature_map in ('favor+', 'trig')")),
     )
     official: ClassVar = (
         KeyMap(

@@ -65,7 +65,7 @@ class SparseAttention(Mechanism):
         can=frozenset({"causal", "key_mask", "attn_mask", "weights", "row_stochastic"}),
         # A free stride depends on the length: a padded sequence, or a prefix, has another pattern. The far set of "fixed" alone has empty rows.
         unless={"key_mask": "stride is None", "row_stochastic": "pattern == 'fixed' and head_mode != 'merged'"},
-        bounds={"prefix_property": float("inf")},
+        bounds={"prefix_property": (float("inf"), "stride is None")},
         checked_against="equations",
         uncertain="The patterns equal the authors' block layouts; their TensorFlow 1 kernels were not run.",
         example={"dim": 16, "num_heads": 4},

@@ -26,7 +26,7 @@ def no_gradient_from_the_future(subject: Subject) -> None:
         leak = gradient[:, t + 1 :].abs().max().item()
         own = gradient[:, : t + 1].abs().max().item()
         expect(
-            leak <= subject.bound("no_gradient_from_the_future", 0.0) * own,
+            leak <= subject.bound("no_gradient_from_the_future", 0.0, module) * own,
             "output {} depends on later inputs (gradient {:.1e} against {:.1e} from the past)",
             t,
             leak,
@@ -41,7 +41,7 @@ def prefix_property(subject: Subject) -> None:
     with torch.no_grad():
         whole = forward(module, {"x": x})
         for t in (1, 5, 12):
-            close(forward(module, {"x": x[:, :t]}), whole[:, :t], subject.bound("prefix_property", 1e-5), f"prefix of {t}")
+            close(forward(module, {"x": x[:, :t]}), whole[:, :t], subject.bound("prefix_property", 1e-5, module), f"prefix of {t}")
 
 
 @check(needs=("step",))
@@ -55,7 +55,7 @@ def steps_equal_the_whole(subject: Subject) -> None:
         for t in range(x.shape[1]):
             out, state = module.step(x[:, t], state)[:2]
             steps.append(out)
-        close(torch.stack(steps, 1), whole, subject.bound("steps_equal_the_whole", 1e-5), "step by step")
+        close(torch.stack(steps, 1), whole, subject.bound("steps_equal_the_whole", 1e-5, module), "step by step")
 
 
 @check(needs=("permutation_equivariant",))
