@@ -11,8 +11,10 @@ from .errors import RegardError
 from .mechanism import Mechanism
 from .official import load_official, to_official
 from .ops._dispatch import explain, use_impl
+from .ops.softmax_attention.hypercube import hypercube_layout, nip
 from .plotting import plot_gates
 from .registry import card, cards, cite, create, ids
+from .rows import attend_rows
 
 __version__ = "0.1.0"
 __all__ = [
@@ -20,13 +22,16 @@ __all__ = [
     "Mechanism",
     "Paper",
     "RegardError",
+    "attend_rows",
     "card",
     "cards",
     "cite",
     "create",
     "explain",
+    "hypercube_layout",
     "ids",
     "load_official",
+    "nip",
     "plot_gates",
     "to_official",
     "use_impl",

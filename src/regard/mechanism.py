@@ -18,11 +18,14 @@ class Mechanism(nn.Module):
 
     card: ClassVar[Card]
     official: ClassVar[tuple[KeyMap, ...]] = ()
-    # Builders of the sub-modules and plain functions that golden files address by `part` or `function`.
+    # Builders of the sub-modules and plain functions that golden files address by `part` or `function`; a function named as an output of a module's
+    # file is called with the module and the inputs.
     parts: ClassVar[Mapping[str, Callable[..., nn.Module]]] = {}
     functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
 
     forward: Callable[..., Any]
+    # With the capability "rows": `weights(x, ..., queries=)`, the weights of chosen positions; what `attend_rows` calls.
+    weights: Callable[..., Any]
 
     def key_maps(self) -> tuple[KeyMap, ...]:
         """The namings of this instance. Override where they depend on its options (a number of heads, say)."""

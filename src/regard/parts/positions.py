@@ -44,10 +44,10 @@ def alibi_slopes(num_heads: int) -> list[float]:
     return slopes + doubled[0::2][: num_heads - power]
 
 
-def alibi_bias(slopes: Tensor, n: int, m: int) -> Tensor:
-    """(H, n, m): minus slope times distance, queries aligned to the end of the keys."""
-    distance = torch.arange(n, device=slopes.device)[:, None] + (m - n) - torch.arange(m, device=slopes.device)
-    return -slopes[:, None, None] * distance.abs()
+def offsets(n: int, m: int, queries: Tensor | None, device: torch.device) -> Tensor:
+    """Key minus query, (n, m), queries aligned to the end of the keys; the rows of chosen `queries` alone if they are given."""
+    queries = torch.arange(n, device=device) if queries is None else queries
+    return torch.arange(m, device=device) - (queries[:, None] + (m - n))
 
 
 class RelativeBias(nn.Module):
@@ -74,15 +74,15 @@ class RelativeBias(nn.Module):
         self.weight = nn.Parameter(torch.empty(shape, device=device, dtype=dtype))
         nn.init.normal_(self.weight, std=0.02)
 
-    def forward(self, n: int, m: int) -> Tensor:
-        """(H, n, m)."""
-        query, key = torch.arange(n, device=self.weight.device)[:, None] + (m - n), torch.arange(m, device=self.weight.device)
+    def forward(self, n: int, m: int, queries: Tensor | None = None) -> Tensor:
+        """(H, n, m), or (H, R, m) for R chosen queries."""
+        offset = offsets(n, m, queries, self.weight.device)
         if self.kind == "toeplitz":
             assert self.max_len is not None
             longest = max(n, m)
             require(longest <= self.max_len, "a sequence of {} is longer than max_len={} of rel_pos_bias='toeplitz'", longest, self.max_len)
-            return self.weight[:, query - key + self.max_len - 1]
-        return self.weight[self._bucket(key - query)].permute(2, 0, 1)
+            return self.weight[:, self.max_len - 1 - offset]
+        return self.weight[self._bucket(offset)].permute(2, 0, 1)
 
     def _bucket(self, offset: Tensor) -> Tensor:
         """Key minus query -> bucket: half of the buckets exact, the others logarithmic; one half for each side when bidirectional."""
@@ -97,12 +97,18 @@ class RelativeBias(nn.Module):
         return base + torch.where(offset < exact, offset, far.clamp_max(buckets - 1))
 
 
-def position_bias(n: int, m: int, attn_bias: Tensor | None, alibi_heads: int, relative: RelativeBias | None, like: Tensor) -> Tensor | None:
-    """`attn_bias` plus ALiBi for `alibi_heads` heads (0 for none), on the device and in the dtype of `like`, plus the relative bias."""
+def position_bias(
+    n: int, m: int, attn_bias: Tensor | None, alibi_heads: int, relative: RelativeBias | None, like: Tensor, queries: Tensor | None = None
+) -> Tensor | None:
+    """`attn_bias` plus ALiBi for `alibi_heads` heads (0 for none), on the device and in the dtype of `like`, plus the relative bias.
+
+    (..., n, m), or the rows of chosen `queries`, which `attn_bias` then has already.
+    """
     bias = attn_bias
     if alibi_heads:
         slopes = torch.tensor(alibi_slopes(alibi_heads), device=like.device, dtype=like.dtype)
-        bias = alibi_bias(slopes, n, m) if bias is None else bias + alibi_bias(slopes, n, m)
+        alibi = -slopes[:, None, None] * offsets(n, m, queries, like.device).abs()
+        bias = alibi if bias is None else bias + alibi
     if relative is not None:
-        bias = relative(n, m) if bias is None else bias + relative(n, m)
+        bias = relative(n, m, queries) if bias is None else bias + relative(n, m, queries)
     return bias

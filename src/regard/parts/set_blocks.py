@@ -69,17 +69,36 @@ class MAB(nn.Module):
         context = x if context is None else context
         q = self.fc_q(x)
         heads = split_heads(q, self.num_heads).expand(context.shape[0], -1, -1, -1)
-        k = split_heads(self.fc_k(context), self.num_heads)
         v = split_heads(self.fc_v(context), self.num_heads)
-        width = self.out_dim if self.scale == "dim" else self.out_dim // self.num_heads
-        mask = None if key_mask is None else key_mask[:, None, None]
-        out = attend(heads, k, v, scale=width**-0.5, mask=mask, dropout=self.dropout if self.training else 0.0)
+        k, options = self._scored(context, key_mask)
+        out = attend(heads, k, v, dropout=self.dropout if self.training else 0.0, **options)
         out = self.ln0(q + merge_heads(out))
         out = zero_rows(self.ln1(out + torch.relu(self.fc_o(out))), query_mask)
-        if not return_weights:
-            return out
-        weights = attention_weights(heads, k, scale=width**-0.5, mask=mask)
-        return out, weights if query_mask is None else weights.masked_fill(~query_mask[:, None, :, None], 0.0)
+        return (out, self.weights(x, context, key_mask=key_mask, query_mask=query_mask)) if return_weights else out
+
+    def weights(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        queries: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        query_mask: Tensor | None = None,
+    ) -> Tensor:
+        """The weights of R chosen queries alone, (B, H, R, M); of all if None. Queries that are no elements weigh nothing."""
+        context = x if context is None else context
+        k, options = self._scored(context, key_mask)
+        q = split_heads(self.fc_q(x if queries is None else x[:, queries]), self.num_heads).expand(context.shape[0], -1, -1, -1)
+        weights = attention_weights(q, k, **options)
+        if query_mask is None:
+            return weights
+        real = query_mask if queries is None else query_mask[:, queries]
+        return weights.masked_fill(~real[:, None, :, None], 0.0)
+
+    def _scored(self, context: Tensor, key_mask: Tensor | None) -> tuple[Tensor, dict[str, Any]]:
+        width = self.out_dim if self.scale == "dim" else self.out_dim // self.num_heads
+        mask = None if key_mask is None else key_mask[:, None, None]
+        return split_heads(self.fc_k(context), self.num_heads), {"scale": width**-0.5, "mask": mask}
 
 
 class SAB(nn.Module):

@@ -61,7 +61,7 @@ class NonLocal(Mechanism):
         " + (2*hidden_channels*channels*(2 if key_width == 1 else 1) if mode == 'concatenation' else 0)"
         f" + (2*hidden_channels*B*{_KEYS} if mode == 'concatenation' and key_width != 1 else 0)",
         grows={"N": 2.0},
-        can=frozenset({"weights", "any_dims", "identity_start", "permutation_equivariant", "row_stochastic"}),
+        can=frozenset({"weights", "rows", "any_dims", "identity_start", "permutation_equivariant", "row_stochastic"}),
         unless={"permutation_equivariant": "sub_sample", "row_stochastic": f"mode not in {SOFTMAX}", "identity_start": "not zero_init"},
         checked_against="public",
         uncertain="Replayed against mmcv and AlexHex7; the authors' Caffe2 code was read, not run.",
@@ -128,21 +128,33 @@ class NonLocal(Mechanism):
         self, x: Float[Tensor, "b channels *space"], return_weights: bool = False
     ) -> Float[Tensor, "b channels *space"] | tuple[Tensor, Tensor]:
         """Returns the map, or that and the weights (B, N, M) of queries and keys in row-major order."""
+        q, k, v = self._embed(x)
+        if self.mode in SOFTMAX:
+            y = pairwise_attention(q, k, v, scale=self._scale)
+        else:
+            y = pairwise_dot(q, k, v) if self.mode == "dot_product" else pairwise_relu(q, k, v)
+        out = x + self.norm(project_to_map(y, self.out, x.shape[2:]))
+        return (out, self._weights(q, k)) if return_weights else out
+
+    def weights(self, x: Float[Tensor, "b channels *space"], *, queries: Tensor | None = None) -> Tensor:
+        """The weights of R chosen positions alone, (B, R, M); of all if None."""
+        q, k, _ = self._embed(x)
+        return self._weights(q if queries is None else q[:, queries], k)
+
+    @property
+    def _scale(self) -> float:
+        return self.hidden_channels**-0.5 if self.use_scale and self.mode == "embedded_gaussian" else 1.0
+
+    def _weights(self, q: Tensor, k: Tensor) -> Tensor:
+        kind = "softmax" if self.mode in SOFTMAX else "dot" if self.mode == "dot_product" else "relu"
+        return affinity_weights(q, k, kind, scale=self._scale)
+
+    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """theta (B, N, d), phi (B, M, d), g (B, M, d); "concatenation": w . theta (B, N), w . phi (B, M), g."""
         check_map(x, self.channels, self.dims)
         halved = x.shape[-2:] if self.dims > 1 else x.shape[-1:]
         require(not self.sub_sample or min(halved) > 1, "sub_sample=True needs a size of 2 on the axes it halves, got {}", tuple(halved))
         check_batch_statistics(self.norm, x.numel() // self.channels, "a batch of one 1-position map")
-        q, k, v = self._embed(x)
-        scale = self.hidden_channels**-0.5 if self.use_scale and self.mode == "embedded_gaussian" else 1.0
-        if self.mode in SOFTMAX:
-            y, kind = pairwise_attention(q, k, v, scale=scale), "softmax"
-        else:
-            y, kind = (pairwise_dot(q, k, v), "dot") if self.mode == "dot_product" else (pairwise_relu(q, k, v), "relu")
-        out = x + self.norm(project_to_map(y, self.out, x.shape[2:]))
-        return (out, affinity_weights(q, k, kind, scale=scale)) if return_weights else out
-
-    def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """theta (B, N, d), phi (B, M, d), g (B, M, d); "concatenation": w . theta (B, N), w . phi (B, M), g."""
         rows, size, d, later = flatten_space(x), x.shape[2:], self.hidden_channels, self.sub_sample and not self.pool_first
         if self.theta is None or self.phi is None:
             rows = rows.contiguous()

@@ -19,7 +19,14 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise
-from ...ops.linear_attention import blockwise, full_precision, linear_attention, prefix_softmax_attention
+from ...ops.linear_attention import (
+    blockwise,
+    effective_weights,
+    full_precision,
+    linear_attention,
+    prefix_softmax_attention,
+    prefix_softmax_weights,
+)
 from ...ops.linear_attention.streaming import EfficientState, efficient_start, efficient_step
 from ...parts.heads import check_position, check_streaming, checked_source, merge_heads, split_heads
 from ...validate import check_divisible, check_map, check_option
@@ -59,7 +66,7 @@ class EfficientAttention(Mechanism):
         " + 2*B*num_heads*ceil(N/64)*64*(8*value_head + 28*(key_head + value_head) + 2*key_head*value_head) if causal"
         " else 2*B*key_width*(M*value_head + value_head*width + N*width))",
         grows={"N": 1.0},
-        can=frozenset({"causal", "cross", "key_mask", "linear", "step", "qkv_core", "permutation_equivariant"}),
+        can=frozenset({"causal", "cross", "key_mask", "weights", "rows", "linear", "step", "qkv_core", "permutation_equivariant"}),
         unless={
             "causal": "layout == 'map' or normalization == 'scaling'",
             "cross": "layout == 'map' or causal",
@@ -75,7 +82,6 @@ class EfficientAttention(Mechanism):
             {"dim": 24, "key_dim": 16, "value_dim": 32, "num_heads": 2, "causal": True},
             {"dim": 24, "num_heads": 3, "normalization": "scaling", "residual": True},
         ),
-        returns=("out",),
         place="C",
     )
     official: ClassVar = (KeyMap("cmsflash/efficient-attention", tuple(pointwise(f"{n}.weight", f"{n}.weight", 2) for n in LAYERS)),)
@@ -131,12 +137,15 @@ class EfficientAttention(Mechanism):
         *,
         key_mask: Bool[Tensor, "b m"] | None = None,
         attn_mask: Tensor | None = None,
-    ) -> Float[Tensor, "b ..."]:
-        """Maps: x (B, C, *space), one to three axes. Tokens: x (B, N, C) attends to `context` (B, M, C), or to itself. Returns the shape of `x`."""
+        return_weights: bool = False,
+    ) -> Float[Tensor, "b ..."] | tuple[Tensor, Tensor]:
+        """Maps: x (B, C, *space), one to three axes. Tokens: x (B, N, C) attends to `context` (B, M, C), or to itself.
+
+        Returns the shape of `x`; or that and the implied weights (B, H, N, M), for inspection.
+        """
         require(attn_mask is None, "efficient never forms the pairs that attn_mask={} would hide; use key_mask or causal=True", "...")
+        source = self._checked(x, context, key_mask)
         if self.layout == "map":
-            check_map(x, self.width, None)
-            require(context is None and key_mask is None, "layout='map' takes no context and no key_mask; use layout='sequence'")
             rows = x.flatten(2)
             if x.stride(1) == 1 and self.width > 1:  # channels_last: pixels are tokens already
                 out = self._tokens(rows.mT, rows, None).mT.unflatten(2, x.shape[2:])
@@ -144,11 +153,34 @@ class EfficientAttention(Mechanism):
                 q = self._queries(_rows(self.queries, rows).unflatten(1, (self.num_heads, -1)), 2).flatten(1, 2)
                 out = torch.baddbmm(self.reprojection.bias.unsqueeze(-1), self._folded(rows, None).mT, q.to(x.dtype)).view(x.shape)
         else:
-            require(not self.causal or context is None, "efficient with causal=True reads x alone; context={} cannot be given", "...")
-            source = checked_source(x, context, self.width, self.width, key_mask)
             out = self._causal(x, key_mask) if self.causal else self._tokens(x, source.mT, key_mask)
         out = F.dropout(out, self.dropout, self.training)
-        return out + x if self.residual else out
+        out = out + x if self.residual else out
+        return (out, self.weights(x, context, key_mask=key_mask)) if return_weights else out
+
+    def weights(
+        self, x: Tensor, context: Tensor | None = None, *, queries: Tensor | None = None, key_mask: Tensor | None = None
+    ) -> Float[Tensor, "b h r m"]:
+        """What multiplies the values for R chosen positions alone (row-major on a map); for all if None."""
+        source = self._checked(x, context, key_mask)
+        x, source = (t.flatten(2).mT if self.layout == "map" else t for t in (x, source))
+        q = split_heads(self.queries(x if queries is None else x[:, queries]), self.num_heads)
+        k = split_heads(self.keys(source), self.num_heads)
+        if self.causal:
+            with full_precision(q):
+                rows = prefix_softmax_weights(self._queries(q, 3), k, queries, mask=None if key_mask is None else key_mask[:, None])
+        else:
+            rows = effective_weights(self._queries(q, 3), self._keys(k, 2, None if key_mask is None else key_mask[:, None, :, None]))
+        return rows.to(q.dtype)
+
+    def _checked(self, x: Tensor, context: Tensor | None, key_mask: Tensor | None) -> Tensor:
+        """What `x` attends to."""
+        if self.layout == "map":
+            check_map(x, self.width, None)
+            require(context is None and key_mask is None, "layout='map' takes no context and no key_mask; use layout='sequence'")
+            return x
+        require(not self.causal or context is None, "efficient with causal=True reads x alone; context={} cannot be given", "...")
+        return checked_source(x, context, self.width, self.width, key_mask)
 
     def _tokens(self, x: Tensor, rows: Tensor, key_mask: Tensor | None) -> Tensor:
         """Queries (B, N, C), keys and values from (B, C, M) -> (B, N, C)."""

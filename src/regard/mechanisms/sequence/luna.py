@@ -136,36 +136,60 @@ class LunaAttention(Mechanism):
         Returns (B, N, dim), then the new memory (B, L, dim) if asked for (the old one in causal mode), then the weights (B, H, N, L) of the unpack
         stage if asked for. `key_mask` hides positions from the memory, `memory_mask` hides slots from the queries.
         """
-        require(not self.causal or context is None, "luna with causal=True reads x alone; context={} cannot be given", "...")
         require(attn_mask is None, "luna goes through its memory and has no pairs for attn_mask={} to hide; use key_mask or memory_mask", "...")
-        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
-        memory = self._memory(memory, x.shape[0])
-        check_mask(memory_mask, x.shape[0], memory.shape[-2], name="memory_mask")
-        out, packed, weights = (self._causal if self.causal else self._pack_and_unpack)(x, source, memory, key_mask, memory_mask, return_weights)
-        found = (self.out_proj(merge_heads(out)), packed.expand(x.shape[0], -1, -1) if return_memory else None, weights)
+        source, slots = self._checked(x, context, memory, key_mask, memory_mask)
+        dropout = self.dropout if self.training else 0.0
+        if self.causal:
+            out = causal_memory_attention(*self._causal_heads(x), self._memory_queries(slots, self.num_heads), key_mask, memory_mask, dropout=dropout)
+            packed = slots
+        else:
+            packed = self._pack(source, slots, key_mask, dropout)
+            q, (k, v) = split_heads(self.q_proj(x), self.num_heads), self._keys_values(packed, "", self.num_heads)
+            out = attend(q, k, v, mask=None if memory_mask is None else memory_mask[:, None, None], dropout=dropout)
+        given = {"memory": memory, "key_mask": key_mask, "memory_mask": memory_mask}
+        found = (
+            self.out_proj(merge_heads(out)),
+            packed.expand(x.shape[0], -1, -1) if return_memory else None,
+            self.weights(x, context, **given) if return_weights else None,
+        )
         kept = [t for t in found if t is not None]
         return tuple(kept) if len(kept) > 1 else kept[0]
 
-    def _pack_and_unpack(
-        self, x: Tensor, source: Tensor, memory: Tensor, key_mask: Tensor | None, memory_mask: Tensor | None, return_weights: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        hp, dropout = self.num_memory_heads, self.dropout if self.training else 0.0
-        mask = None if key_mask is None else key_mask[:, None, None]
-        kp, vp = self._keys_values(source, "p", hp)
-        qp = self._memory_queries(memory, hp).expand(x.shape[0], -1, -1, -1)
-        packed = merge_heads(attend(qp, kp, vp, mask=mask, dropout=dropout))
-        mask = None if memory_mask is None else memory_mask[:, None, None]
-        q, (k, v) = split_heads(self.q_proj(x), self.num_heads), self._keys_values(packed, "", self.num_heads)
-        out = attend(q, k, v, mask=mask, dropout=dropout)
-        return out, packed, attention_weights(q, k, mask=mask) if return_weights else None
+    def weights(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        queries: Tensor | None = None,
+        memory: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        memory_mask: Tensor | None = None,
+    ) -> Float[Tensor, "b h r l"]:
+        """The weights on the slots of R chosen positions of `x` alone; of all if None. Slots, not positions: the heads mix in between."""
+        source, slots = self._checked(x, context, memory, key_mask, memory_mask)
+        if self.causal:
+            tensors = (*self._causal_heads(x), self._memory_queries(slots, self.num_heads), key_mask, memory_mask)
+            weights = causal_memory_attention(*tensors, return_weights=True)
+            return weights if queries is None else weights[:, :, queries]
+        k = self._keys_values(self._pack(source, slots, key_mask), "", self.num_heads)[0]
+        q = split_heads(self.q_proj(x if queries is None else x[:, queries]), self.num_heads)
+        return attention_weights(q, k, mask=None if memory_mask is None else memory_mask[:, None, None])
 
-    def _causal(
-        self, x: Tensor, source: Tensor, memory: Tensor, key_mask: Tensor | None, memory_mask: Tensor | None, return_weights: bool
-    ) -> tuple[Tensor, Tensor, Tensor | None]:
-        tensors = (*self._causal_heads(x), self._memory_queries(memory, self.num_heads), key_mask, memory_mask)
-        dropout = self.dropout if self.training else 0.0
-        out = causal_memory_attention(*tensors, dropout=dropout)
-        return out, memory, causal_memory_attention(*tensors, dropout=dropout, return_weights=True) if return_weights else None
+    def _checked(
+        self, x: Tensor, context: Tensor | None, memory: Tensor | None, key_mask: Tensor | None, memory_mask: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What is read, and the memory: (L, D) if learned, (B, L, D) if given."""
+        require(not self.causal or context is None, "luna with causal=True reads x alone; context={} cannot be given", "...")
+        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
+        slots = self._memory(memory, x.shape[0])
+        check_mask(memory_mask, x.shape[0], slots.shape[-2], name="memory_mask")
+        return source, slots
+
+    def _pack(self, source: Tensor, slots: Tensor, key_mask: Tensor | None, dropout: float = 0.0) -> Tensor:
+        """The new memory, (B, L, D)."""
+        k, v = self._keys_values(source, "p", self.num_memory_heads)
+        q = self._memory_queries(slots, self.num_memory_heads).expand(source.shape[0], -1, -1, -1)
+        return merge_heads(attend(q, k, v, mask=None if key_mask is None else key_mask[:, None, None], dropout=dropout))
 
     def _causal_heads(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
         """q, k', k, v of the causal form, (B, H, N, d) each."""

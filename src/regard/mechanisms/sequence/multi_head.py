@@ -16,7 +16,7 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, fused
-from ...ops.softmax_attention import attend, attention_weights, combine_masks
+from ...ops.softmax_attention import attend, attention_weights, causal_mask, combine_masks, rows_of
 from ...parts.heads import checked_source, head_width, init_projections_, merge_heads, split_heads
 from ...parts.positions import RelativeBias, position_bias, rotate
 from ...validate import check_bool, check_broadcastable, check_divisible, check_floating
@@ -55,7 +55,7 @@ class MultiHeadAttention(Mechanism):
         when="The baseline: up to a few thousand positions, or whenever exact per-pair weights matter.",
         flops="2*B*N*dim*num_heads*head_dim*2 + 2*B*M*context_dim*num_kv_heads*head_dim*2 + 4*B*num_heads*N*M*head_dim",
         grows={"N": 2.0},
-        can=frozenset({"causal", "cross", "key_mask", "attn_mask", "weights", "row_stochastic", "qkv_core", "permutation_equivariant"}),
+        can=frozenset({"causal", "cross", "key_mask", "attn_mask", "weights", "rows", "row_stochastic", "qkv_core", "permutation_equivariant"}),
         checked_against="public",
         uncertain="Grouped heads, rotary and relative positions were checked against the equations alone.",
         example={"dim": 32, "num_heads": 4},
@@ -131,6 +131,30 @@ class MultiHeadAttention(Mechanism):
         return_weights: bool = False,
     ) -> Float[Tensor, "b n dim"] | tuple[Tensor, Tensor]:
         """Attend from `x` to `context` (to `x` itself if None). Returns (B, N, dim), or that and the weights (B, H, N, M)."""
+        given = {"key_mask": key_mask, "attn_mask": attn_mask, "attn_bias": attn_bias, "positions": positions, "context_positions": context_positions}
+        q, k, source, options = self._scores(x, context, None, **given)
+        out = attend(q, k, split_heads(self.v_proj(source), self.num_kv_heads), dropout=self.dropout if self.training else 0.0, **options)
+        out = self.out_proj(merge_heads(out))
+        return (out, attention_weights(q, k, **options)) if return_weights else out
+
+    def weights(self, x: Tensor, context: Tensor | None = None, *, queries: Tensor | None = None, **given: Tensor | None) -> Tensor:
+        """The weights of R chosen positions of `x` alone, (B, H, R, M), of all if None; `given` are the masks and positions that forward takes."""
+        q, k, _, options = self._scores(x, context, queries, **given)
+        return attention_weights(q, k, **options)
+
+    def _scores(
+        self,
+        x: Tensor,
+        context: Tensor | None,
+        queries: Tensor | None,
+        *,
+        key_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
+        attn_bias: Tensor | None = None,
+        positions: Tensor | None = None,
+        context_positions: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor, Tensor, dict[str, Any]]:
+        """Queries, keys, what they are made of, and how they are scored; for chosen rows of `x` if `queries` is given."""
         source = checked_source(x, context, self.dim, self.context_dim, key_mask)
         (b, n, _), m = x.shape, source.shape[1]
         if attn_mask is not None:
@@ -139,19 +163,20 @@ class MultiHeadAttention(Mechanism):
         if attn_bias is not None:
             check_floating(attn_bias, "attn_bias")
             check_broadcastable(attn_bias, (b, self.num_heads, n, m), "attn_bias")
-        q = self.q_norm(split_heads(self.q_proj(x), self.num_heads))
+        q = self.q_norm(split_heads(self.q_proj(x if queries is None else x[:, queries]), self.num_heads))
         k = self.k_norm(split_heads(self.k_proj(source), self.num_kv_heads))
-        v = split_heads(self.v_proj(source), self.num_kv_heads)
         if self.rope:
             kind = (self.rope_dim, self.rope_base, self.rope_interleaved)
-            q = rotate(q, positions, "positions", *kind)
+            own = queries if positions is None else positions if queries is None else positions[..., queries]
+            q = rotate(q, own, "positions", *kind)
             k = rotate(k, positions if context is None else context_positions, "context_positions", *kind)
-        mask = combine_masks(key_mask[:, None, None] if key_mask is not None else None, attn_mask)
-        bias = position_bias(n, m, attn_bias, self.num_heads if self.alibi else 0, self.rel_pos_bias, self.q_proj.weight)
-        options = {"scale": self.scale, "mask": mask, "bias": bias, "causal": self.causal}
-        out = attend(q, k, v, dropout=self.dropout if self.training else 0.0, **options)
-        out = self.out_proj(merge_heads(out))
-        return (out, attention_weights(q, k, **options)) if return_weights else out
+        mask = combine_masks(key_mask[:, None, None] if key_mask is not None else None, rows_of(attn_mask, queries))
+        causal = self.causal and queries is None
+        if self.causal and queries is not None:
+            mask = combine_masks(mask, causal_mask(n, m, x.device, queries))
+        heads, like = self.num_heads if self.alibi else 0, self.q_proj.weight
+        bias = position_bias(n, m, rows_of(attn_bias, queries), heads, self.rel_pos_bias, like, queries)
+        return q, k, source, {"scale": self.scale, "mask": mask, "bias": bias, "causal": causal}
 
     @staticmethod
     def attend(q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, causal: bool = False) -> Tensor:

@@ -24,8 +24,9 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, fused, rename
-from ...ops.linear_attention import blockwise, chunk_size, linear_attention
+from ...ops.linear_attention import blockwise, chunk_size, effective_weights, linear_attention
 from ...ops.linear_attention.streaming import PerformerState, performer_start, performer_step
+from ...ops.softmax_attention import causal_mask, combine_masks
 from ...parts.feature_maps import FeatureMap, counts_as_forward, largest, projection_per_head, random_projection, running
 from ...parts.heads import check_position, check_streaming, checked_source, head_width, merge_heads, split_heads
 from ...parts.positions import rotate
@@ -76,7 +77,7 @@ class PerformerAttention(Mechanism):
         " + 4*B*num_heads*(ceil(N/min(chunk, N)) - 1)*min(chunk, N)*feature_width*(head_dim + 1)"
         " if causal else 2*B*num_heads*(N + M)*feature_width*(head_dim + 1))",
         grows={"N": 1.0},
-        can=frozenset({"causal", "cross", "key_mask", "weights", "linear", "step", "qkv_core", "permutation_equivariant"}),
+        can=frozenset({"causal", "cross", "key_mask", "weights", "rows", "linear", "step", "qkv_core", "permutation_equivariant"}),
         unless={"cross": "causal", "step": "not causal", "permutation_equivariant": "rope"},
         checked_against="public",
         uncertain="The authors' JAX code is followed through its PyTorch transcription; the learned gate of RFA is left out.",
@@ -192,28 +193,50 @@ class PerformerAttention(Mechanism):
         q, k, v = self._split(x, source, None)
         out = self.attend(q, k, v, key_mask=key_mask, projection=projection)
         out = F.dropout(self.out_proj(merge_heads(out)), self.dropout, self.training)
-        if not return_weights:
-            return out
-        identity = torch.eye(k.shape[2], dtype=v.dtype, device=v.device).expand(*k.shape[:2], -1, -1)
-        return out, self.attend(q, k, identity, key_mask=key_mask, projection=projection)
+        return (out, self.weights(x, context, key_mask=key_mask, projection=projection)) if return_weights else out
+
+    def weights(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        *,
+        queries: Tensor | None = None,
+        key_mask: Tensor | None = None,
+        projection: Tensor | None = None,
+    ) -> Float[Tensor, "b h r m"]:
+        """The implied weights of R chosen positions of `x` alone; of all if None."""
+        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
+        q, k, _ = self._split(x, source, None)
+        fq, fk = self._features(q, k, self._projection(q, projection), None if key_mask is None else key_mask[:, None, :, None], self.causal)
+        mask = None if key_mask is None else key_mask[:, None, None]
+        if self.causal:
+            mask = combine_masks(mask, causal_mask(x.shape[1], source.shape[1], x.device, queries))
+        fq = fq if queries is None else fq[:, :, queries]
+        return effective_weights(fq, fk, mask=mask, normalize=True, key_eps=1e-6 if self.causal else 0.0, denom_min=self.denom_min).to(q.dtype)
 
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None, causal: bool | None = None, projection: Tensor | None = None
     ) -> Tensor:
         """The core alone, on (B, H, N, d)."""
-        w = self.projection if projection is None else projection
-        w = None if w is None else projection_per_head(w, q.shape[1], q.shape[3])
+        w = self._projection(q, projection)
         causal = self.causal if causal is None else causal
 
         def core(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, mask: Tensor | None) -> Tensor:
             options = {"causal": causal, "normalize": True, "key_eps": 1e-6 if causal else 0.0, "denom_min": self.denom_min}
-            fq, fk = self._map.queries(q, w, largest(None))[0], self._map.keys(k, w, mask, causal)
+            fq, fk = self._features(q, k, w, mask, causal)
             return linear_attention(fq, fk, v, mask=None if mask is None else mask.squeeze(-1), **options)
 
         mask = None if key_mask is None else key_mask[:, None, :, None]
         if isinstance(self.kernel_fn, nn.Module):  # it may own parameters, which need gradients of their own
             return core(q, k, v, w, mask)
         return blockwise(core, q, k, v, w, mask, floats=(q.shape[2] + k.shape[2]) * self.feature_width)
+
+    def _projection(self, q: Tensor, given: Tensor | None) -> Tensor | None:
+        w = self.projection if given is None else given
+        return None if w is None else projection_per_head(w, q.shape[1], q.shape[3])
+
+    def _features(self, q: Tensor, k: Tensor, w: Tensor | None, mask: Tensor | None, causal: bool) -> tuple[Tensor, Tensor]:
+        return self._map.queries(q, w, largest(None))[0], self._map.keys(k, w, mask, causal)
 
     def redraw(self, generator: torch.Generator | None = None) -> None:
         """A new projection, in place."""

@@ -40,7 +40,7 @@ class MultiheadAttentionBlock(MAB, Mechanism):
         when="A building block: one set of vectors must read another whose order means nothing.",
         flops="2*B*N*dim*out_dim + 4*B*M*context_dim*out_dim + 4*B*N*M*out_dim + 2*B*N*out_dim**2",
         grows={"N": 2.0},
-        can=frozenset({"cross", "key_mask", "weights", "row_stochastic", "permutation_equivariant"}),
+        can=frozenset({"cross", "key_mask", "weights", "rows", "row_stochastic", "permutation_equivariant"}),
         example={"dim": 16, "num_heads": 4},
         variants=(
             {"dim": 16, "num_heads": 4, "out_dim": 32},
@@ -58,10 +58,27 @@ class MultiheadAttentionBlock(MAB, Mechanism):
         return_weights: bool = False,
     ) -> Float[Tensor, "b n out_dim"] | tuple[Tensor, Tensor]:
         """Attend from `x` to `context` (to `x` itself if None). Rows with a False `query_mask` come out 0; weights are (B, H, N, M)."""
+        x, source = self._checked(x, context, key_mask, query_mask)
+        return super().forward(x, source, key_mask=key_mask, query_mask=query_mask, return_weights=return_weights)
+
+    def weights(
+        self,
+        x: Float[Tensor, "b n dim"],
+        context: Float[Tensor, "b m context_dim"] | None = None,
+        *,
+        queries: Tensor | None = None,
+        key_mask: Bool[Tensor, "b m"] | None = None,
+        query_mask: Bool[Tensor, "b n"] | None = None,
+    ) -> Tensor:
+        """The weights of R chosen elements of `x` alone, (B, H, R, M); of all if None."""
+        x, source = self._checked(x, context, key_mask, query_mask)
+        return super().weights(x, source, queries=queries, key_mask=key_mask, query_mask=query_mask)
+
+    def _checked(self, x: Tensor, context: Tensor | None, key_mask: Tensor | None, query_mask: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Both sets, with what is masked set to zero."""
         check_tokens(x, self.dim)
         source = x if context is None else context
         check_context(x, source, self.context_dim)
         check_mask(key_mask, *source.shape[:2])
         check_mask(query_mask, *x.shape[:2], name="query_mask")
-        x, source = zero_rows(x, query_mask), zero_rows(source, key_mask)
-        return super().forward(x, source, key_mask=key_mask, query_mask=query_mask, return_weights=return_weights)
+        return zero_rows(x, query_mask), zero_rows(source, key_mask)

@@ -38,7 +38,7 @@ class SetAttentionBlock(SAB, Mechanism):
         when="Sets of up to a few thousand elements whose interactions matter.",
         flops="B*N*(6*dim*out_dim + 2*out_dim**2) + 4*B*N**2*out_dim",
         grows={"N": 2.0},
-        can=frozenset({"mask", "weights", "row_stochastic", "permutation_equivariant"}),
+        can=frozenset({"mask", "weights", "rows", "row_stochastic", "permutation_equivariant"}),
         example={"dim": 16, "num_heads": 4},
         variants=({"dim": 10, "num_heads": 4, "out_dim": 24}, {"dim": 16, "num_heads": 2, "norm": True, "scale": "head"}),
     )
@@ -50,3 +50,9 @@ class SetAttentionBlock(SAB, Mechanism):
         check_tokens(x, self.dim)
         check_mask(mask, *x.shape[:2], name="mask")
         return super().forward(zero_rows(x, mask), mask=mask, return_weights=return_weights)
+
+    def weights(self, x: Float[Tensor, "b n dim"], *, queries: Tensor | None = None, mask: Bool[Tensor, "b n"] | None = None) -> Tensor:
+        """The weights of R chosen elements alone, (B, H, R, N); of all if None."""
+        check_tokens(x, self.dim)
+        check_mask(mask, *x.shape[:2], name="mask")
+        return self.mab.weights(zero_rows(x, mask), queries=queries, key_mask=mask, query_mask=mask)

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .. import _dispatch, _flops  # noqa: F401  (the fused CPU kernel is counted)
+from .._precision import at_least_float32, full_precision
 from . import reference
 
 _dispatch.register("softmax_attention", "fused")
@@ -52,6 +53,26 @@ def attend(
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal, scale=factor)[..., :dv]
 
 
+def attend_key_bias(
+    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, *, scale: float | None = None, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+) -> Tensor:
+    """softmax(scale q k^T + b) v with one number b for each key, carried as one more channel: no N x M bias is stored.
+
+    Args:
+        q, k, v, scale, mask, causal, dropout: as in `attend`.
+        key_bias: (B, H, M) or broadcastable to it, finite; hide keys by `mask`.
+
+    Returns:
+        (B, H, N, dv) in v's dtype. Half precision is computed in float32: rounded, a large bias would drown the scores.
+    """
+    given, factor = v.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    with full_precision(v):
+        q, k, v, key_bias = (t.to(at_least_float32(q, k, v)) for t in (q, k, v, key_bias))
+        key_bias = (key_bias / factor).unsqueeze(-1).expand(*k.shape[:3], 1)
+        q, k = torch.cat((q, torch.ones_like(q[..., :1])), -1), torch.cat((k, key_bias), -1)
+        return attend(q, k, v, scale=factor, mask=mask, causal=causal, dropout=dropout).to(given)
+
+
 def attention_weights(
     q: Tensor, k: Tensor, *, scale: float | None = None, mask: Tensor | None = None, bias: Tensor | None = None, causal: bool = False
 ) -> Tensor:
@@ -65,9 +86,15 @@ def attention_weights(
     return reference.weights(q, _repeat_heads(k, q.shape[1]), q.shape[-1] ** -0.5 if scale is None else scale, mask, bias)
 
 
-def causal_mask(n: int, m: int, device: torch.device | None = None) -> Tensor:
-    """(n, m), True where key j <= query i + m - n: the last query sees all keys."""
-    return torch.arange(m, device=device) <= torch.arange(n, device=device)[:, None] + (m - n)
+def causal_mask(n: int, m: int, device: torch.device | None = None, queries: Tensor | None = None) -> Tensor:
+    """(n, m), True where key j <= query i + m - n: the last query sees all keys. The rows of chosen `queries` alone if they are given."""
+    queries = torch.arange(n, device=device) if queries is None else queries
+    return torch.arange(m, device=device) <= queries[:, None] + (m - n)
+
+
+def rows_of(t: Tensor | None, queries: Tensor | None) -> Tensor | None:
+    """The rows of chosen queries of a mask or bias that broadcasts to (..., N, M)."""
+    return t if t is None or queries is None or t.ndim < 2 or t.shape[-2] == 1 else t[..., queries, :]
 
 
 def combine_masks(*masks: Tensor | None) -> Tensor | None:

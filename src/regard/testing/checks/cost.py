@@ -27,7 +27,15 @@ def sizes_of(subject: Subject, inputs: Inputs) -> dict[str, int]:
     return {"B": x.shape[0], "N": x.shape[1], "M": keys}
 
 
-def _on_meta(subject: Subject, size: Size) -> tuple[torch.nn.Module, Inputs]:
+def size_of(subject: Subject, n: int) -> Size:
+    """A size of n positions, a power of two from 2^8 up."""
+    if subject.layout in ("map", "pair"):
+        return {1: (n,), 2: (2**7, n // 2**7), 3: (2**4, 2**4, n // 2**8)}[subject.dims]
+    return n
+
+
+def on_meta(subject: Subject, size: Size) -> tuple[torch.nn.Module, Inputs]:
+    """The module and inputs of this size without data, to be counted."""
     module = subject.build(shuffle=False).to("meta")
     small = subject.inputs(subject.size(), batch=2)
     grown: Inputs = {}
@@ -70,10 +78,7 @@ def growth_is_what_is_counted(subject: Subject) -> None:
         expect(axis == "N", "growth in {!r} is declared; only N is measured", axis)
         counts = []
         for n in (2**14, 2**15):
-            size: Size = n
-            if subject.layout in ("map", "pair"):
-                size = {1: (n,), 2: (2**7, n // 2**7), 3: (2**4, 2**4, n // 2**8)}[subject.dims]
-            module, inputs = _on_meta(subject, size)
+            module, inputs = on_meta(subject, size_of(subject, n))
             counts.append(count_flops(module, inputs))
         measured = math.log2(counts[1] / counts[0])
         expect(abs(measured - exponent) <= 0.1, "the card says FLOPs grow as N^{:g}, counted is N^{:.2f}", exponent, measured)

@@ -1,13 +1,18 @@
 """Order: causality, permutations, steps, weights."""
 
 import inspect
+import math
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
 
+from ...rows import attend_rows
 from ..subject import Subject, tensors
 from ..suite import NotApplicable, check, expect
 from ._common import close, forward, gradients
+from .cost import on_meta, size_of
 
 
 def _causal(subject: Subject) -> torch.nn.Module:
@@ -129,6 +134,48 @@ def weights_sum_to_one(subject: Subject) -> None:
         expect(weights.min().item() >= 0, "a weight is {:.1e}", weights.min().item())
         off = (weights.sum(-1) - 1).abs().max().item()
         expect(off < 1e-4, "a row of weights misses the sum of 1 by {:.1e}", off)
+
+
+@check(needs=("weights", "rows"))
+def chosen_rows_are_those_of_the_weights(subject: Subject) -> None:
+    """attend_rows gives the rows of the weights, under masks too."""
+    module: Any = subject.build()
+    inputs = subject.inputs()
+    if "key_mask" in subject.can:
+        inputs["key_mask"] = torch.arange(inputs["x"].shape[1]) < torch.tensor([[9], [inputs["x"].shape[1]]])
+    chosen = torch.tensor([5, 0, 7])
+    with torch.no_grad():
+        plain = len(tensors(module(**inputs)))
+        whole = tensors(module(**inputs, return_weights=True))[plain]
+        close(attend_rows(module, queries=chosen, **inputs), whole[..., chosen, :], 1e-5, "rows 5, 0 and 7 of the weights")
+
+
+@check(needs=("rows",))
+def rows_cost_is_linear(subject: Subject) -> None:
+    """The counted FLOPs of three rows of weights grow no faster than the number of keys, and no buffer holds all pairs."""
+    counts = []
+    module: Any
+    for n in (2**13, 2**14):
+        module, inputs = on_meta(subject, size_of(subject, n))
+        with torch.no_grad(), FlopCounterMode(display=False) as counter, LargestBuffer() as largest:
+            attend_rows(module, queries=[5, 0, 7], **inputs)
+        counts.append(counter.get_total_flops())
+        expect(largest.elements < n * n / 8, "three rows for {} positions make a buffer of {} elements", n, largest.elements)
+    growth = math.log2(max(counts[1], 1) / max(counts[0], 1))
+    expect(growth <= 1.1, "three rows cost as N^{:.2f}", growth)
+
+
+class LargestBuffer(TorchDispatchMode):
+    """Watches how many elements the largest result of any operation has."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.elements = 0
+
+    def __torch_dispatch__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = function(*args, **(kwargs or {}))
+        self.elements = max([self.elements, *(t.numel() for t in tensors(result))])
+        return result
 
 
 @check(needs=("identity_start",))

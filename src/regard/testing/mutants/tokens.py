@@ -360,3 +360,17 @@ class FastPathIsWrong(Tokens):
     def scores(self, q: Tensor, k: Tensor) -> Tensor:
         fused = choose("softmax_attention", "fused", "a wrong scale on the fast path") == "fused"
         return super().scores(q, k) * (1.1 if fused else 1.0)
+
+
+class ShowsOtherRows(Tokens):
+    fails = "chosen_rows_are_those_of_the_weights"
+
+    def weights(self, x: Tensor, *, queries: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return super().weights(x, queries=queries.sort().values, key_mask=key_mask)
+
+
+class PicksRowsOfAllPairs(Tokens):
+    fails = "rows_cost_is_linear"
+
+    def weights(self, x: Tensor, *, queries: Tensor, key_mask: Tensor | None = None) -> Tensor:
+        return super().weights(x, queries=torch.arange(x.shape[1], device=x.device), key_mask=key_mask)[:, :, queries]
