@@ -78,4 +78,4 @@ def test_wrong_options(options, words):
 
 
 def test_prints_its_options():
-    assert "reduction=4, hidden_channels=2, bias=True, pool='avg', act='relu', gate='sigmoid'" in repr(make(8, reduction=4))
+    assert "reduction=4, hidden_channels=2, bias=True, pool='avg', act='relu', init='default', gate='sigmoid'" in repr(make(8, reduction=4))

@@ -31,7 +31,7 @@ def tokens_of(text: str, length: int, folder: Path | None = None) -> Tensor:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-    first, last = (tokenizer.token_to_id(word) for word in ("[CLS]", "[SEP]"))
+    first, last = (int(tokenizer.token_to_id(word)) for word in ("[CLS]", "[SEP]"))
     inside = length - 2
     if not 0 < inside <= min(len(ids), LONGEST - 2):
         raise RegardError(f"length={length} must be from 3 to {LONGEST}, and the text has {len(ids)} tokens")

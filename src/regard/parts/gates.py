@@ -1,6 +1,7 @@
 """Gates (a number in [0, 1] from a logit) and activations, by name."""
 
 from collections.abc import Callable, Mapping
+from functools import partial
 from types import MappingProxyType
 
 import torch
@@ -18,9 +19,18 @@ ACTIVATIONS: Mapping[str, Pointwise] = MappingProxyType(
 )
 
 
-def gate_function(kind: str, name: str = "gate") -> Pointwise:
+INITS = ("default", "identity")
+
+
+def gate_function(kind: str, name: str = "gate", init: str = "default") -> Pointwise:
+    """The gate; with init="identity" twice the gate, so that a logit of zero multiplies by exactly one."""
     check_option(kind, tuple(GATES), name)
-    return GATES[kind]
+    check_option(init, INITS, "init")
+    return GATES[kind] if init == "default" else partial(_twice, GATES[kind])
+
+
+def _twice(gate: Pointwise, logit: Tensor) -> Tensor:
+    return 2 * gate(logit)
 
 
 def activation(kind: str, name: str = "act") -> Pointwise:

@@ -8,7 +8,7 @@ B batch, C channels, H, W sides, N = H W positions, h hidden_channels, k kernel_
 """
 
 from collections.abc import Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 from jaxtyping import Float
@@ -20,6 +20,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.plane_conv import plane_conv
 from ...ops.squeeze import channel_max, channel_mean
+from ...parts.gates import gate_function
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
 from ...parts.squeeze import BottleneckMLP, hidden_width, pool_global, unsqueeze_like
 from ...validate import check_map, check_option
@@ -39,6 +40,7 @@ class ConvolutionalBlockAttention(Mechanism):
     bias: biases of the MLP.
     spatial_norm: "batch", None (the convolution then has a bias), or a callable features -> module.
     zero_init: start the spatial gate at one half everywhere, as the authors' networks do.
+    init: "identity" starts as the identity: both last layers at zero, both gates doubled so that they are exactly one there.
     """
 
     card: ClassVar = Card(
@@ -56,7 +58,7 @@ class ConvolutionalBlockAttention(Mechanism):
         when="Detection and small data, where the place matters as well as the kind of feature.",
         flops="4*num_pools*B*channels*hidden_channels + (4*B*(H + kernel_size - 1)*W*kernel_size**2 if spatial else 0)",
         grows={"N": 1.0},
-        can=frozenset({"weights", "linear", "gate"}),
+        can=frozenset({"weights", "linear", "gate", "identity_start"}),
         example={"channels": 16, "reduction": 4},
         variants=(
             {"channels": 12, "hidden_channels": 5, "pools": ("avg", "max", "lp", "lse"), "kernel_size": 3, "bias": False},
@@ -100,6 +102,7 @@ class ConvolutionalBlockAttention(Mechanism):
         bias: bool = True,
         spatial_norm: Norm = "batch",
         zero_init: bool = False,
+        init: Literal["default", "identity"] = "default",
         device=None,
         dtype=None,
     ) -> None:
@@ -110,14 +113,17 @@ class ConvolutionalBlockAttention(Mechanism):
             check_option(pool, ("avg", "max", "lp", "lse"), "pools")
         require(kernel_size > 0 and kernel_size % 2 == 1, "kernel_size={} must be odd and positive", kernel_size)
         self.channels, self.reduction, self.pools, self.num_pools, self.kernel_size = channels, reduction, pools, len(pools), kernel_size
-        self.spatial, self.bias, self.spatial_norm, self.zero_init = spatial, bias, spatial_norm, zero_init
+        self.spatial, self.bias, self.spatial_norm, self.zero_init, self.init = spatial, bias, spatial_norm, zero_init, init
+        self._gate = gate_function("sigmoid", init=init)
         self.hidden_channels = hidden_width(channels, reduction, hidden_channels)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.mlp = BottleneckMLP(channels, self.hidden_channels, bias=bias, **dd)
+        if init == "identity":
+            zero_init_(self.mlp.fc2)
         if spatial:
             self.conv = nn.Conv2d(2, 1, kernel_size, padding=kernel_size // 2, bias=spatial_norm is None, **dd)
             self.norm = make_norm(spatial_norm, 1, 2, momentum=0.01, **dd)
-            if zero_init:
+            if zero_init or init == "identity":
                 zero_init_(self.conv if spatial_norm is None else self.norm)
 
     def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
@@ -141,9 +147,9 @@ class ConvolutionalBlockAttention(Mechanism):
         if self.spatial:
             check_batch_statistics(self.norm, x.shape[0] * x.shape[2] * x.shape[3], "one position of one sample", "spatial_norm")
         pooled = torch.stack([pool_global(x, pool) for pool in self.pools])
-        channel = unsqueeze_like(torch.sigmoid(self.mlp(pooled).sum(0)), x)
+        channel = unsqueeze_like(self._gate(self.mlp(pooled).sum(0)), x)
         gated = x * channel
         if not self.spatial:
             return channel, gated, None
         planes = torch.cat((channel_max(gated), channel_mean(gated)), 1)
-        return channel, gated, torch.sigmoid(self.norm(plane_conv(planes, self.conv.weight, self.conv.bias)))
+        return channel, gated, self._gate(self.norm(plane_conv(planes, self.conv.weight, self.conv.bias)))

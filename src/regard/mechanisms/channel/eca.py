@@ -23,6 +23,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap
 from ...ops.squeeze import position_mean
 from ...parts.gates import gate_function, options_repr
+from ...parts.norm import zero_init_
 from ...parts.squeeze import unsqueeze_like
 from ...validate import check_map, check_option
 
@@ -35,6 +36,7 @@ class EfficientChannelAttention(Mechanism):
     padding_mode: beyond the first and last channel, "zeros", or "circular".
     shared: one kernel for all channels; False gives each its own.
     gate: "sigmoid" or "hard_sigmoid".
+    init: "identity" starts as the identity: the last layer at zero, the gate doubled so that it is exactly one there.
     """
 
     card: ClassVar = Card(
@@ -52,7 +54,7 @@ class EfficientChannelAttention(Mechanism):
         when="In place of se when parameters matter: it has three to nine.",
         flops="2*B*channels*kernel_size",
         grows={"N": 0.0},
-        can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "gate"}),
+        can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "gate", "identity_start"}),
         example={"channels": 16},
         variants=(
             {"channels": 12, "kernel_size": 5, "padding_mode": "circular", "gate": "hard_sigmoid"},
@@ -72,6 +74,7 @@ class EfficientChannelAttention(Mechanism):
         padding_mode: Literal["zeros", "circular"] = "zeros",
         shared: bool = True,
         gate: Literal["sigmoid", "hard_sigmoid"] = "sigmoid",
+        init: Literal["default", "identity"] = "default",
         device=None,
         dtype=None,
     ) -> None:
@@ -86,10 +89,12 @@ class EfficientChannelAttention(Mechanism):
         wraps = padding_mode == "circular"
         require(not wraps or kernel_size // 2 <= channels, "kernel_size={} wraps around channels={} more than once", kernel_size, channels)
         self.channels, self.kernel_size, self.gamma, self.beta = channels, kernel_size, gamma, beta
-        self.padding_mode, self.shared = padding_mode, shared
-        self.gate_kind, self._gate = gate, gate_function(gate)
+        self.padding_mode, self.shared, self.init = padding_mode, shared, init
+        self.gate_kind, self._gate = gate, gate_function(gate, init=init)
         groups = 1 if shared else channels
         self.conv = nn.Conv1d(groups, groups, kernel_size, groups=groups, bias=False, device=device, dtype=dtype)
+        if init == "identity":
+            zero_init_(self.conv)
 
     def forward(self, x: Float[Tensor, "b channels *space"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, *space) -> the same shape, or that and the gate (B, C, 1, ...)."""
@@ -114,4 +119,4 @@ class EfficientChannelAttention(Mechanism):
         return unsqueeze_like(self._gate(logits), x)
 
     def extra_repr(self) -> str:
-        return options_repr(self, "channels", "kernel_size", "gamma", "beta", "padding_mode", "shared")
+        return options_repr(self, "channels", "kernel_size", "gamma", "beta", "padding_mode", "shared", "init")

@@ -10,7 +10,6 @@ ignores shifts, and is kept for loading.  B batch, C channels, N positions, h hi
 from collections.abc import Sequence
 from typing import Any, ClassVar, Literal
 
-import torch
 from jaxtyping import Float
 from torch import Tensor, nn
 
@@ -19,6 +18,7 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.squeeze import attention_pool, position_mean
+from ...parts.gates import gate_function
 from ...parts.norm import zero_init_
 from ...parts.squeeze import BottleneckMLP, hidden_width, unsqueeze_like
 from ...validate import check_map, check_option
@@ -37,6 +37,7 @@ class GlobalContext(Mechanism):
     pool: "att" (softmax over positions) or "avg".
     fusion: any of "mul" and "add"; one name alone may be given as a string.
     zero_init: the last layers start at zero: "add" changes nothing, "mul" halves the map.
+    init: "identity" starts as the identity: the last layers at zero, the gate of "mul" doubled so that it is exactly one there.
     """
 
     card: ClassVar = Card(
@@ -55,7 +56,7 @@ class GlobalContext(Mechanism):
         flops="(4*B*channels*N if pool == 'att' else 0) + 4*B*channels*hidden_channels*num_terms",
         grows={"N": 1.0},
         can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "identity_start", "gate"}),
-        unless={"weights": "pool == 'avg'", "gate": "fusion != ('mul',)", "identity_start": "not zero_init or 'mul' in fusion"},
+        unless={"weights": "pool == 'avg'", "gate": "fusion != ('mul',)"},
         example={"channels": 16, "reduction": 4},
         variants=(
             {"channels": 12, "hidden_channels": 5, "fusion": ("mul", "add"), "zero_init": False},
@@ -92,6 +93,7 @@ class GlobalContext(Mechanism):
         pool: Literal["att", "avg"] = "att",
         fusion: Sequence[str] = ("add",),
         zero_init: bool = True,
+        init: Literal["default", "identity"] = "default",
         device=None,
         dtype=None,
     ) -> None:
@@ -101,7 +103,8 @@ class GlobalContext(Mechanism):
         require(len(fusion) > 0, "fusion={} must name at least one of mul, add", fusion)
         for term in fusion:
             check_option(term, ("mul", "add"), "fusion")
-        self.channels, self.reduction, self.pool, self.fusion, self.zero_init = channels, reduction, pool, fusion, zero_init
+        self.channels, self.reduction, self.pool, self.fusion, self.zero_init, self.init = channels, reduction, pool, fusion, zero_init, init
+        self._gate = gate_function("sigmoid", init=init)
         self.hidden_channels = hidden_width(channels, reduction, hidden_channels, least=2)
         self.num_terms = len(set(fusion))
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
@@ -112,7 +115,7 @@ class GlobalContext(Mechanism):
         self.mlp_mul = BottleneckMLP(channels, self.hidden_channels, norm=nn.LayerNorm, **dd) if "mul" in fusion else None
         self.mlp_add = BottleneckMLP(channels, self.hidden_channels, norm=nn.LayerNorm, **dd) if "add" in fusion else None
         for mlp in (self.mlp_mul, self.mlp_add):
-            if mlp is not None and zero_init:
+            if mlp is not None and (zero_init or init == "identity"):
                 zero_init_(mlp.fc2)
 
     def forward(self, x: Float[Tensor, "b channels *space"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
@@ -120,7 +123,7 @@ class GlobalContext(Mechanism):
         context, attention = self._context(x)
         out = x
         if self.mlp_mul is not None:
-            out = out * unsqueeze_like(torch.sigmoid(self.mlp_mul(context)), x)
+            out = out * unsqueeze_like(self._gate(self.mlp_mul(context)), x)
         if self.mlp_add is not None:
             out = out + unsqueeze_like(self.mlp_add(context), x)
         return (out, attention) if return_weights else out
@@ -129,7 +132,7 @@ class GlobalContext(Mechanism):
         """The gate alone, (B, C, 1, ...), where fusion is "mul" alone."""
         require(self.fusion == ("mul",), "fusion={} is more than a gate; gate(x) needs fusion=('mul',)", self.fusion)
         assert self.mlp_mul is not None
-        return unsqueeze_like(torch.sigmoid(self.mlp_mul(self._context(x)[0])), x)
+        return unsqueeze_like(self._gate(self.mlp_mul(self._context(x)[0])), x)
 
     def _context(self, x: Tensor) -> tuple[Tensor, Tensor | None]:
         check_map(x, self.channels, None)

@@ -16,6 +16,7 @@ from ...card import Card, Paper
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise, rename
 from ...parts.gates import gate_function, options_repr
+from ...parts.norm import zero_init_
 from ...parts.squeeze import BottleneckMLP, hidden_width, pool_global, unsqueeze_like
 from ...validate import check_map, check_option
 
@@ -28,6 +29,7 @@ class SqueezeExcitation(Mechanism):
     pool: "avg", "max" or "avg_max" (half of each).
     act: activation of the hidden layer.
     gate: "sigmoid" or "hard_sigmoid".
+    init: "identity" starts as the identity: the last layer at zero, the gate doubled so that it is exactly one there.
     """
 
     card: ClassVar = Card(
@@ -45,7 +47,7 @@ class SqueezeExcitation(Mechanism):
         when="The default cheap addition to any convolutional network.",
         flops="4*B*channels*hidden_channels",
         grows={"N": 0.0},
-        can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "gate"}),
+        can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "gate", "identity_start"}),
         checked_against="public",
         uncertain="The authors' Caffe networks were not run; their biases are the default, the paper's equations have none.",
         example={"channels": 16, "reduction": 4},
@@ -71,15 +73,18 @@ class SqueezeExcitation(Mechanism):
         pool: Literal["avg", "max", "avg_max"] = "avg",
         act: str = "relu",
         gate: Literal["sigmoid", "hard_sigmoid"] = "sigmoid",
+        init: Literal["default", "identity"] = "default",
         device=None,
         dtype=None,
     ) -> None:
         super().__init__()
         check_option(pool, ("avg", "max", "avg_max"), "pool")
-        self.channels, self.reduction, self.bias, self.pool, self.act = channels, reduction, bias, pool, act
+        self.channels, self.reduction, self.bias, self.pool, self.act, self.init = channels, reduction, bias, pool, act, init
         self.hidden_channels = hidden_width(channels, reduction, hidden_channels)
-        self.gate_kind, self._gate = gate, gate_function(gate)
+        self.gate_kind, self._gate = gate, gate_function(gate, init=init)
         self.mlp = BottleneckMLP(channels, self.hidden_channels, bias=bias, act=act, device=device, dtype=dtype)
+        if init == "identity":
+            zero_init_(self.mlp.fc2)
 
     def forward(self, x: Float[Tensor, "b channels *space"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, *space) -> the same shape, or that and the gate (B, C, 1, ...)."""
@@ -93,4 +98,4 @@ class SqueezeExcitation(Mechanism):
         return unsqueeze_like(self._gate(self.mlp(pool_global(x, self.pool))), x)
 
     def extra_repr(self) -> str:
-        return options_repr(self, "channels", "reduction", "hidden_channels", "bias", "pool", "act")
+        return options_repr(self, "channels", "reduction", "hidden_channels", "bias", "pool", "act", "init")

@@ -18,6 +18,7 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise
 from ...ops.criss_cross import criss_cross, criss_cross_weights
+from ...parts.gates import INITS
 from ...parts.spatial import project_last
 from ...parts.squeeze import hidden_width
 from ...validate import check_map, check_option
@@ -31,6 +32,7 @@ class CrissCrossAttention(Mechanism):
     reduction: queries and keys have channels // reduction channels.
     recurrence: passes with the same weights; two reach every pixel from every pixel.
     dims: 2, or 3 for volumes.
+    init: "identity" or "default": either starts as the identity, with a gain of zero.
     """
 
     card: ClassVar = Card(
@@ -60,11 +62,22 @@ class CrissCrossAttention(Mechanism):
         KeyMap("mmcv", (*_CONVOLUTIONS, Rule(("gamma.scale",), ("gamma",), lambda t, _: [t[0].reshape(1)], lambda t, _: [t[0].reshape(())]))),
     )
 
-    def __init__(self, channels: int, reduction: int = 8, recurrence: int = 2, dims: Literal[2, 3] = 2, *, device=None, dtype=None) -> None:
+    def __init__(
+        self,
+        channels: int,
+        reduction: int = 8,
+        recurrence: int = 2,
+        dims: Literal[2, 3] = 2,
+        *,
+        init: Literal["default", "identity"] = "default",
+        device=None,
+        dtype=None,
+    ) -> None:
         super().__init__()
         check_option(dims, (2, 3), "dims")
+        check_option(init, INITS, "init")
         require(recurrence > 0, "recurrence={} must be at least 1", recurrence)
-        self.channels, self.reduction, self.recurrence, self.dims = channels, reduction, recurrence, dims
+        self.channels, self.reduction, self.recurrence, self.dims, self.init = channels, reduction, recurrence, dims, init
         self.hidden_channels = hidden_width(channels, reduction, None)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.query_conv, self.key_conv = (nn.Linear(channels, self.hidden_channels, **dd) for _ in range(2))

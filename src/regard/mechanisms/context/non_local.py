@@ -19,6 +19,7 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.pairwise_affinity import affinity_weights, pairwise_attention, pairwise_dot, pairwise_relu
+from ...parts.gates import INITS
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
 from ...parts.spatial import flatten_space, halve, halve_rows, project_rows, project_to_map
 from ...validate import check_map, check_option
@@ -38,7 +39,7 @@ class NonLocal(Mechanism):
     sub_sample: max pooling by 2 of keys and values, after their projections (of three axes only the last two).
     pool_first: that pooling on x before the projections (the authors' Caffe2 code).
     norm: "batch", None, or a callable channels -> module, on the output of the last projection.
-    zero_init: start as the identity.
+    zero_init: start as the identity, as init="identity" does whatever zero_init says.
     """
 
     card: ClassVar = Card(
@@ -62,7 +63,7 @@ class NonLocal(Mechanism):
         f" + (2*hidden_channels*B*{_KEYS} if mode == 'concatenation' and key_width != 1 else 0)",
         grows={"N": 2.0},
         can=frozenset({"weights", "rows", "any_dims", "identity_start", "permutation_equivariant", "row_stochastic"}),
-        unless={"permutation_equivariant": "sub_sample", "row_stochastic": f"mode not in {SOFTMAX}", "identity_start": "not zero_init"},
+        unless={"permutation_equivariant": "sub_sample", "row_stochastic": f"mode not in {SOFTMAX}"},
         checked_against="public",
         uncertain="Replayed against mmcv and AlexHex7; the authors' Caffe2 code was read, not run.",
         example={"channels": 16},
@@ -87,6 +88,7 @@ class NonLocal(Mechanism):
         pool_first: bool = False,
         norm: Norm = None,
         zero_init: bool = True,
+        init: Literal["default", "identity"] = "default",
         device=None,
         dtype=None,
     ) -> None:
@@ -97,7 +99,8 @@ class NonLocal(Mechanism):
         d = max(channels // reduction, 1) if hidden_channels is None else hidden_channels
         require(d > 0, "hidden_channels={} must be at least 1", d)
         self.channels, self.dims, self.reduction, self.hidden_channels, self.mode = channels, dims, reduction, d, mode
-        self.use_scale, self.sub_sample, self.pool_first, self.zero_init = use_scale, sub_sample, pool_first, zero_init
+        self.use_scale, self.sub_sample, self.pool_first, self.zero_init, self.init = use_scale, sub_sample, pool_first, zero_init, init
+        check_option(init, INITS, "init")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         embeds, adds = mode != "gaussian", mode == "concatenation"
         self.g = nn.Linear(channels, d, **dd)
@@ -109,7 +112,7 @@ class NonLocal(Mechanism):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=0.01)
                 nn.init.zeros_(linear.bias)
-        if zero_init:
+        if zero_init or init == "identity":
             zero_init_(self.out if norm is None else self.norm)
         # Unless the pooling sits between phi and w, the number w . phi is all that "concatenation" needs of a key.
         self.key_width = 0 if not embeds else 1 if adds and not (sub_sample and not pool_first) else d

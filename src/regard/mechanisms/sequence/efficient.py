@@ -28,7 +28,9 @@ from ...ops.linear_attention import (
     prefix_softmax_weights,
 )
 from ...ops.linear_attention.streaming import EfficientState, efficient_start, efficient_step
+from ...parts.gates import INITS
 from ...parts.heads import check_position, check_streaming, checked_source, merge_heads, split_heads
+from ...parts.norm import zero_init_
 from ...validate import check_divisible, check_map, check_option
 
 LAYERS = ("keys", "queries", "values", "reprojection")
@@ -46,6 +48,7 @@ class EfficientAttention(Mechanism):
         residual: add the input; True for maps and False for tokens if None.
         causal: query t sees keys up to t; tokens and "softmax" only.
         dropout: probability of dropping an output channel in training.
+    init: "identity" starts as the identity: the last layer at zero, beside the residual.
     """
 
     card: ClassVar = Card(
@@ -66,13 +69,14 @@ class EfficientAttention(Mechanism):
         " + 2*B*num_heads*ceil(N/64)*64*(8*value_head + 28*(key_head + value_head) + 2*key_head*value_head) if causal"
         " else 2*B*key_width*(M*value_head + value_head*width + N*width))",
         grows={"N": 1.0},
-        can=frozenset({"causal", "cross", "key_mask", "weights", "rows", "linear", "step", "qkv_core", "permutation_equivariant"}),
+        can=frozenset({"causal", "cross", "key_mask", "weights", "rows", "linear", "step", "qkv_core", "permutation_equivariant", "identity_start"}),
         unless={
             "causal": "layout == 'map' or normalization == 'scaling'",
             "cross": "layout == 'map' or causal",
             "key_mask": "layout == 'map'",
             "step": "not causal",
             "qkv_core": "layout == 'map'",
+            "identity_start": "not residual",
         },
         checked_against="authors",
         uncertain="The code computes several heads, the paper one; masks, cross and causal forms are not in either.",
@@ -101,6 +105,7 @@ class EfficientAttention(Mechanism):
         residual: bool | None = None,
         causal: bool = False,
         dropout: float = 0.0,
+        init: Literal["default", "identity"] = "default",
         device=None,
         dtype=None,
     ) -> None:
@@ -129,6 +134,11 @@ class EfficientAttention(Mechanism):
         self.keys = nn.Linear(width, self.key_width, device=device, dtype=dtype)
         self.values = nn.Linear(width, self.value_width, device=device, dtype=dtype)
         self.reprojection = nn.Linear(self.value_width, width, device=device, dtype=dtype)
+        check_option(init, INITS, "init")
+        require(init == "default" or self.residual, "init='identity' needs residual=True, beside which the last layer starts at zero")
+        self.init = init
+        if init == "identity":
+            zero_init_(self.reprojection)
 
     def forward(
         self,

@@ -178,15 +178,60 @@ class LargestBuffer(TorchDispatchMode):
         return result
 
 
+_PROJECTIONS = (("q_proj", "k_proj", "v_proj", "out_proj"), ("queries", "keys", "values", "reprojection"), ("q", "k", "v", "out"))
+
+
+@check(needs=("qkv_core",))
+def core_is_what_the_module_computes(subject: Subject) -> None:
+    """attend(q, k, v) turns the module's queries, keys and values into what its output projection gets; a mask hides keys from it."""
+    module: Any = subject.build()
+    names = next((names for names in _PROJECTIONS if all(isinstance(getattr(module, n, None), torch.nn.Linear) for n in names)), None)
+    seen: dict[str, torch.Tensor] = {}
+    if names is not None:
+        for name in names[:3]:
+            getattr(module, name).register_forward_hook(lambda _, args, out, name=name: seen.__setitem__(name, out))
+        getattr(module, names[3]).register_forward_hook(lambda _, args, out: seen.__setitem__("merged", args[0]))
+    with torch.no_grad():
+        torch.manual_seed(0)
+        module(**subject.inputs())
+        turned = any(getattr(module, option, None) for option in ("rope", "qk_norm", "normalize_qk", "rel_pos_bias", "alibi"))
+        if names is not None and len(seen) == 4 and not turned:
+            q, k, v = (_heads(seen[name], module) for name in names[:3])
+            torch.manual_seed(0)
+            close(module.attend(q, k, v).transpose(1, 2).flatten(2), seen["merged"], 1e-5, "attend(q, k, v)")
+        else:
+            width = getattr(module, "head_dim", 8)
+            q, k, v = torch.randn(3, 2, getattr(module, "num_heads", 2), subject.inputs()["x"].shape[1], width).unbind()
+        out = module.attend(q, k, v)
+        expect(out.shape == (*q.shape[:3], v.shape[3]), "attend gave {} for queries {} and values {}", *(tuple(t.shape) for t in (out, q, v)))
+        if "key_mask" in subject.can:
+            real = torch.arange(k.shape[2]) < k.shape[2] - 3
+            changed = [torch.where(real[:, None], t, 1e2 * torch.ones_like(t)) for t in (k, v)]
+            torch.manual_seed(0)
+            one = module.attend(q, k, v, key_mask=real.expand(len(q), -1))[:, :, real]
+            torch.manual_seed(0)
+            two = module.attend(q, *changed, key_mask=real.expand(len(q), -1))[:, :, real]
+            close(two, one, 1e-5, "attend after masked keys and values were changed")
+
+
+def _heads(t: torch.Tensor, module: Any) -> torch.Tensor:
+    return t.unflatten(-1, (getattr(module, "num_heads", 1), -1)).transpose(1, 2)
+
+
 @check(needs=("identity_start",))
 def starts_as_identity(subject: Subject) -> None:
-    """A fresh module returns its input bit for bit."""
+    """A fresh module, made with init="identity" where there is that option, returns its input bit for bit, and can leave it."""
+    if "init" in inspect.signature(subject.kind).parameters:
+        subject = subject.with_options(init="identity")
     module, inputs = subject.build(shuffle=False), subject.inputs()
-    with torch.no_grad():
-        out = forward(module, inputs)
-    expect(
-        torch.equal(out, inputs[subject.main]), "a fresh module changes its input by up to {:.1e}", (out - inputs[subject.main]).abs().max().item()
-    )
+    x = inputs[subject.main]
+    for mode in ("eval", "training"):
+        with torch.no_grad():
+            out = forward(module.train(mode == "training"), inputs)
+        expect(torch.equal(out, x), "a fresh module in {} mode changes its input by up to {:.1e}", mode, (out - x).abs().max().item())
+    (forward(module, inputs) * torch.linspace(-1, 1, x.numel()).view_as(x)).sum().backward()
+    moves = any(p.grad is not None and p.grad.abs().max() > 0 for p in module.parameters())
+    expect(moves, "at its start no parameter gets a gradient: it would stay the identity")
 
 
 @check(needs=("gate",), layouts=("map",))

@@ -33,7 +33,7 @@ def card(id: str, layout: Any, can: set[str], example: dict[str, Any], flops: st
 class Tokens(Mechanism):
     """Softmax attention on tokens. Args: dim, num_heads, causal, and memory: how many past tokens `step` keeps (None: all)."""
 
-    can: ClassVar = {"causal", "cross", "key_mask", "attn_mask", "weights", "rows", "row_stochastic", "permutation_equivariant", "step"}
+    can: ClassVar = {"causal", "cross", "key_mask", "attn_mask", "weights", "rows", "row_stochastic", "permutation_equivariant", "step", "qkv_core"}
     flops: ClassVar = "4*B*N*dim**2 + 4*B*M*dim**2 + 4*B*N*M*dim"
     card: ClassVar = card("probe", "sequence", can, {"dim": 8, "num_heads": 2}, flops, 2.0)
     official: ClassVar = (KeyMap("theirs", (rename("query.*", "q.*"),)),)
@@ -103,6 +103,9 @@ class Tokens(Mechanism):
         allowed = torch.ones((), dtype=torch.bool, device=x.device) if allowed is None else allowed[..., queries, :]
         allowed = allowed if key_mask is None else allowed & key_mask[:, None, None]
         return self.weigh(self.scores(self.heads(self.q(x[:, queries])), self.heads(self.k(x))), allowed)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        return self.weigh(self.scores(q, k), self.allowed(q.shape[2], k.shape[2], key_mask, None, q.device)) @ v
 
     def init_state(self, batch: int) -> Tensor:
         return torch.zeros(batch, 0, self.dim)

@@ -374,3 +374,10 @@ class PicksRowsOfAllPairs(Tokens):
 
     def weights(self, x: Tensor, *, queries: Tensor, key_mask: Tensor | None = None) -> Tensor:
         return super().weights(x, queries=torch.arange(x.shape[1], device=x.device), key_mask=key_mask)[:, :, queries]
+
+
+class HasAnotherCore(Tokens):
+    fails = "core_is_what_the_module_computes"
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        return super().attend(2 * q, k, v, key_mask=key_mask)
