@@ -29,10 +29,11 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "any_dims": "maps of one, two or three spatial axes",
         "permutation_equivariant": "permuting the positions permutes the output",
         "permutation_invariant": "permuting the elements leaves the output unchanged",
-        "identity_start": "a fresh module returns its input unchanged",
+        "identity_start": "a fresh module made with `init='identity'` returns its input unchanged",
         "gate": "`gate(x)` gives the multiplicative gate alone, to be fused into a residual addition",
         "batch_statistics": "its BatchNorm needs more than one value per channel in training",
         "upsamples": "the output map is larger than the input map",
+        "elementwise": "scales its input: no output depends on another position, and no query is asked",
     }
 )
 

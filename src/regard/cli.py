@@ -341,7 +341,9 @@ def _facts(card: Card) -> dict[str, Any]:
 
 
 def _growth(card: Card) -> str:
-    return ", ".join(f"{axis}^{exponent:g}" if exponent not in (0, 1) else (axis if exponent else "1") for axis, exponent in card.grows.items())
+    return (
+        ", ".join(f"{axis}^{exponent:g}" if exponent not in (0, 1) else (axis if exponent else "1") for axis, exponent in card.grows.items()) or "1"
+    )
 
 
 def _ability(card: Card, name: str) -> str:

@@ -6,7 +6,7 @@ from typing import Any, ClassVar
 
 from torch import nn
 
-from .card import Card
+from .card import Card, Layout
 from .official import KeyMap
 
 
@@ -22,6 +22,9 @@ class Mechanism(nn.Module):
     # file is called with the module and the inputs.
     parts: ClassVar[Mapping[str, Callable[..., nn.Module]]] = {}
     functions: ClassVar[Mapping[str, Callable[..., Any]]] = {}
+
+    # The layout whose checks apply where the card's own layout has none: "map" for heads (B, H, N, d), say.
+    tested_as: ClassVar[Layout]
 
     forward: Callable[..., Any]
     # With the capability "rows": `weights(x, ..., queries=)`, the weights of chosen positions; what `attend_rows` calls.

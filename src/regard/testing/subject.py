@@ -53,7 +53,7 @@ class Subject:
 
     @property
     def width(self) -> int:
-        for name in (*_FIRST_ARGUMENT, "hidden_size"):
+        for name in (*_FIRST_ARGUMENT, "hidden_size", "num_heads"):
             if isinstance(self.options.get(name), int):
                 return self.options[name]
         raise RegardError(f"{self.name}: options {dict(self.options)} hold none of {sorted(_FIRST_ARGUMENT)}; say the width, for example dim=32")
@@ -156,7 +156,7 @@ def subjects_of(id: str) -> list[Subject]:
 def _subject(id: str, options: Mapping[str, Any], variant: bool = True) -> Subject:
     card, kind = registry.card(id), registry.get(id)
     name = f"{id}({', '.join(f'{k}={v!r}' for k, v in options.items())})" if variant else id
-    layout = options.get("layout", card.layout)
+    layout = options.get("layout", getattr(kind, "tested_as", card.layout))
     return Subject(name, kind, dict(options), layout, _applying(card, kind, options), card, lenient=variant)
 
 

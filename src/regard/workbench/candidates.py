@@ -5,7 +5,7 @@ import inspect
 import os
 import sys
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, Literal, cast, get_args, get_origin
 
 import torch
 from torch import nn
@@ -66,7 +66,7 @@ class Candidate:
         assert self.kind is not None
         arguments = list(inspect.signature(self.kind.forward).parameters.values())[1:]
         needed = [p for p in arguments if p.default is p.empty and p.kind not in (p.VAR_KEYWORD, p.VAR_POSITIONAL)]
-        return any(layout in FITS[host] for layout in (self.card.layout, *self.card.also)) and len(needed) == 1
+        return any(layout in FITS[host] for layout in (self.card.layout, *self.card.also)) and len(needed) <= 1
 
     def lent(self, setting: Setting) -> dict[str, Any]:
         """The constructor's arguments besides the width and the user's options."""
@@ -80,7 +80,7 @@ class Candidate:
         }
         if "max_len" in parameters and parameters["max_len"].default is inspect.Parameter.empty:
             values["max_len"] = setting.longest
-        return {name: value for name, value in values.items() if name in parameters and name not in self.options}
+        return {name: value for name, value in values.items() if name in parameters and name not in self.options and _takes(parameters[name], value)}
 
     def sizes(self, width: int, setting: Setting) -> dict[str, int]:
         """The width under the constructor's words for it; its first argument where it uses none of ours."""
@@ -101,6 +101,11 @@ class Candidate:
         except TypeError as error:
             raise RegardTypeError(f"candidate {self.name!r}: {error}; its constructor takes the width first, then the options given") from None
         return self.kind(**arguments)
+
+
+def _takes(parameter: inspect.Parameter, value: Any) -> bool:
+    """Whether an argument may have this value: one annotated with Literal takes only what stands there."""
+    return get_origin(parameter.annotation) is not Literal or value in get_args(parameter.annotation)
 
 
 def parse(text: str) -> Candidate:

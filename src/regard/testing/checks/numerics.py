@@ -55,6 +55,8 @@ def finite_at_a_thousand(subject: Subject) -> None:
 def gradcheck_in_float64(subject: Subject) -> None:
     """The gradients are those of the function, by finite differences in float64."""
     module = subject.build().double()
+    if subject.bound("gradcheck_in_float64", 0.0, module) > 0:
+        raise NotApplicable("by its definition no gradient flows through a part of the function")
     size = {1: (5,), 2: (3, 4), 3: (2, 2, 3)}[subject.dims] if subject.layout in ("map", "pair") else 4
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in subject.inputs(size, batch=2).items()}
     leaves = [n for n in inputs if n in ("x", "a", "b", "context")]
@@ -196,6 +198,8 @@ def queries_matter(subject: Subject) -> None:
     x = inputs[subject.main].clone().requires_grad_()
     if "permutation_invariant" in subject.can:
         raise NotApplicable("pools to a fixed number of vectors")
+    if "elementwise" in subject.can:
+        raise NotApplicable("scales its input, and asks nothing")
     other = inputs["b"].requires_grad_() if subject.layout == "pair" else x
     out = forward(module, {**inputs, subject.main: x})
     index = (0, 0) if subject.layout not in ("map", "pair") else (0, slice(None), *(0 for _ in range(x.ndim - 2)))
