@@ -160,11 +160,11 @@ def test_opaque_operators_keep_their_contract() -> None:
     w, v = randn(2, 2, 9, 4, 4, 3).requires_grad_(), randn(2, 2, 3, 4, 3).requires_grad_()
     checks = ("test_schema", "test_autograd_registration", "test_faketensor")
     for tiled in (False, True):
-        torch.library.opcheck(opaque.window_apply, (w, v, 3, 1, 1, -1, 2, tiled), test_utils=checks)
+        torch.library.opcheck(torch.ops.regard.window_apply.default, (w, v, 3, 1, 1, -1, 2, tiled), test_utils=checks)
         torch.autograd.gradcheck(lambda w, v, tiled=tiled: opaque.window_apply(w, v, 3, 1, 1, -1, 2, tiled), (w, v), fast_mode=True)
     q, k, u = (randn(1, 2, 3, 4, 5, seed=s).requires_grad_() for s in range(3))
     rel = randn(2 * (4 + 2 - 1), 3).requires_grad_()
-    torch.library.opcheck(opaque.window_attention, (q, k, u, rel, 4, 2, -1, 0.5, True), test_utils=checks)
+    torch.library.opcheck(torch.ops.regard.window_attention.default, (q, k, u, rel, 4, 2, -1, 0.5, True), test_utils=checks)
     torch.autograd.gradcheck(lambda *x: opaque.window_attention(*x, 4, 2, -1, 0.5, True), (q, k, u, rel), fast_mode=True)
 
 

@@ -137,7 +137,7 @@ def propagate_values(
 
 def _collected(q: Tensor, k: Tensor, v: Tensor, mixture: Mixture, values: Tensor) -> Tensor:
     """What every key gets of the queries' values: sum_i W_ij values_i."""
-    if _by_definition(mixture) or torch._C._are_functorch_transforms_active():  # under which the operator has no gradient
+    if _by_definition(mixture):
         return reference.weights(q, k, v, mixture).mT @ values
     return column_sums(*factors(q, k, v, mixture), values, mixture.mask)
 

@@ -9,9 +9,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
 from .. import _dispatch
+from .._operator import operator
 
 TILE = 2**20  # scores worked on at a time on a CPU: 4 MB stay in its cache
 WIDE_TILE = 2**26
@@ -59,39 +59,19 @@ def _weights(q: Tensor, k: Tensor, mask: Tensor | None) -> Tensor:
     return scores.masked_fill_(~mask, float("-inf")).softmax(-1).masked_fill_(~mask, 0.0)  # the second for rows without keys, NaN before
 
 
-column_sums = torch.library.custom_op("regard::column_sums", _forward, mutates_args=())
-column_sums_backward = torch.library.custom_op("regard::column_sums_backward", _backward, mutates_args=())
-
-
-@column_sums.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+def _like(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
     return q.new_empty((*k.shape[:3], v.shape[3]))
 
 
-@column_sums_backward.register_fake
-def _(grad: Tensor, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
-    return q.new_empty(q.shape), k.new_empty(k.shape), v.new_empty(v.shape)
+def _flops(q: Any, k: Any, v: Any, mask: Any) -> int:
+    b, h, n, d = q
+    return 2 * b * h * n * k[2] * (d + v[3])
 
 
-def _keep(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _differentiate(ctx: Any, grad: Tensor) -> tuple[Any, ...]:
-    return *column_sums_backward(grad, *ctx.saved_tensors), None
-
-
-column_sums.register_autograd(_differentiate, setup_context=_keep)
-
-
-@register_flop_formula(torch.ops.regard.column_sums)
-def _count(q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
-    b, h, n, d = q_shape
-    return 2 * b * h * n * k_shape[2] * (d + v_shape[3])
-
-
-@register_flop_formula(torch.ops.regard.column_sums_backward)
-def _count_backward(grad_shape: Any, q_shape: Any, k_shape: Any, v_shape: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any, mask: Any) -> int:
     """The scores once more, and the gradients of both factors of both products."""
-    b, h, n, d = q_shape
-    return 2 * b * h * n * k_shape[2] * (3 * d + 2 * v_shape[3])
+    b, h, n, d = q
+    return 2 * b * h * n * k[2] * (3 * d + 2 * v[3])
+
+
+column_sums = operator("column_sums", _forward, _backward, _like, tensors=4, wanted=(0, 1, 2), flops=_flops, backward_flops=_backward_flops)
