@@ -41,6 +41,14 @@ def init_projections_(q: nn.Linear, k: nn.Linear, v: nn.Linear, out: nn.Linear |
         nn.init.zeros_(out.bias)
 
 
+def init_truncated_(*layers: nn.Linear) -> None:
+    """As vision transformers start: weights normal with deviation 0.02, cut off at 2, biases zero."""
+    for layer in layers:
+        nn.init.trunc_normal_(layer.weight, std=0.02)
+        if layer.bias is not None:
+            nn.init.zeros_(layer.bias)
+
+
 def checked_source(x: Tensor, context: Tensor | None, dim: int, context_dim: int, key_mask: Tensor | None) -> Tensor:
     """What `x` (B, N, dim) attends to: `context` (B, M, context_dim), or `x` itself if None; all are checked, and `key_mask` to be (B, M)."""
     check_tokens(x, dim)
