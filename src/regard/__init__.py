@@ -12,7 +12,7 @@ from .mechanism import Mechanism
 from .official import load_official, to_official
 from .ops._dispatch import explain, use_impl
 from .ops.softmax_attention.hypercube import hypercube_layout, nip
-from .plotting import plot_gates
+from .plotting import plot_gates, plot_pattern
 from .registry import card, cards, cite, create, ids
 from .rows import attend_rows
 
@@ -33,6 +33,7 @@ __all__ = [
     "load_official",
     "nip",
     "plot_gates",
+    "plot_pattern",
     "to_official",
     "use_impl",
 ]

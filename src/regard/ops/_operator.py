@@ -114,7 +114,7 @@ def _counted(flops: Callable[..., int]) -> Callable[..., int]:
 
 def _member_by_member(op: Any, size: int, axes: Any, args: Any) -> tuple[Any, Any]:
     """Each member of the mapped axis on its own: operators work through their batch in pieces anyway."""
-    found = [op(*(x if at is None else x.select(at, i) for x, at in zip(args, axes, strict=True))) for i in range(size)]
+    found = [op(*(x.select(at, i) if isinstance(x, Tensor) and at is not None else x for x, at in zip(args, axes, strict=True))) for i in range(size)]
     if isinstance(found[0], Tensor):
         return torch.stack(found), 0
     columns = [torch.stack(column) for column in zip(*found, strict=True)]

@@ -170,7 +170,9 @@ def _replay(module: nn.Module, inputs: dict[str, Tensor], wanted: set[str], name
     asked = {flag for flag in flags.values() if any(_flag(want) == flag for want in wanted)}
     result = module(**inputs, **dict.fromkeys(asked, True))
     present = tuple(name for name in names if name not in flags or flags[name] in asked)
-    return _named(result, present, wanted)
+    # What a file holds beside the outputs of the forward pass, a layout for example.
+    beside = {name: function(module, **inputs) for name, function in getattr(module, "functions", {}).items() if name in wanted}
+    return {**_named(result, present, wanted), **beside}
 
 
 def _flag(name: str) -> str:
@@ -199,7 +201,7 @@ def _named(result: Any, names: tuple[str, ...], wanted: set[str]) -> dict[str, T
             out[next(order, f"output {len(out)}")] = torch.tensor(value)
 
     walk(result)
-    return {"": next(iter(out.values()))} if wanted == {""} and out else out
+    return {"": next(iter(out.values())), **out} if "" in wanted and out else out
 
 
 def _gradients(golden: Golden, module: nn.Module, inputs: dict[str, Tensor], pairs: list[tuple[Tensor, Tensor]]) -> dict[str, tuple[Tensor, Tensor]]:

@@ -10,7 +10,7 @@ set is empty (fixed A1 before the first summary) gets zeros; the code's dense fo
 A0 of strided without order is |i - j| < l; any N.
 """
 
-from typing import Any, ClassVar, Literal
+from typing import ClassVar, Literal
 
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
@@ -62,7 +62,7 @@ class SparseAttention(Mechanism):
         flops=f"8*B*N*dim*num_heads*head_dim + 4*B*N*head_dim*(num_heads*N if pattern == 'all' or N < (256 if causal else 512) or N < 2*{_L}"
         f" else near_heads*{_NEAR} + far_heads*{_FAR})",
         grows={"N": 1.5},
-        can=frozenset({"causal", "key_mask", "attn_mask", "weights", "row_stochastic"}),
+        can=frozenset({"causal", "key_mask", "attn_mask", "weights", "rows", "row_stochastic", "qkv_core"}),
         # A free stride depends on the length: a padded sequence, or a prefix, has another pattern. The far set of "fixed" alone has empty rows.
         unless={"key_mask": "stride is None", "row_stochastic": "pattern == 'fixed' and head_mode != 'merged'"},
         bounds={"prefix_property": (float("inf"), "stride is None")},
@@ -128,14 +128,30 @@ class SparseAttention(Mechanism):
         Returns (B, N, dim), or that and the weights, dense, (B, H, N, N).
         """
         require(context is None, "sparse attends within x: it takes no context")
+        self._check(x, key_mask, attn_mask)
+        q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
+        dropout = self.dropout if self.training else 0.0
+        out = sparse_attend(q, k, v, self.allowed, dropout=dropout, key_mask=key_mask, attn_mask=attn_mask)
+        out = self.out_proj(merge_heads(out))
+        return (out, self.weights(x, key_mask=key_mask, attn_mask=attn_mask)) if return_weights else out
+
+    def weights(
+        self, x: Tensor, *, queries: Tensor | None = None, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
+    ) -> Float[Tensor, "b h r n"]:
+        """The weights of R chosen positions alone, dense; of all if None."""
+        self._check(x, key_mask, attn_mask)
+        q = split_heads(self.q_proj(x if queries is None else x[:, queries]), self.num_heads)
+        k = split_heads(self.k_proj(x), self.num_heads)
+        return sparse_weights(q, k, self.allowed, queries=queries, key_mask=key_mask, attn_mask=attn_mask)
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
+        """The core alone, on (B, H, N, d), causal as the module is."""
+        return sparse_attend(q, k, v, self.allowed, key_mask=key_mask)
+
+    def _check(self, x: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> None:
         check_tokens(x, self.dim)
         b, n, _ = x.shape
         check_mask(key_mask, b, n)
         if attn_mask is not None:
             check_bool(attn_mask, "attn_mask")
             check_broadcastable(attn_mask, (b, self.num_heads, n, n), "attn_mask")
-        q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        masks: dict[str, Any] = {"key_mask": key_mask, "attn_mask": attn_mask}
-        out = sparse_attend(q, k, v, self.allowed, dropout=self.dropout if self.training else 0.0, **masks)
-        out = self.out_proj(merge_heads(out))
-        return (out, sparse_weights(q, k, self.allowed, **masks)) if return_weights else out

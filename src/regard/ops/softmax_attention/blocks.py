@@ -170,20 +170,21 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, key_mask: Tensor | None, plan: str
     """On (B, N, H, d); also returns the log-sum-exp, (B, N, H), 0 for a query without any key."""
     (b, n, h, d), todo = q.shape, _plan(plan, tuple(options), q.shape[1], q.shape[2])
     valid = _valid(key_mask, q, todo)
-    out = q.new_empty((b, n, h, d))
-    lse = q.new_empty((b, n, h), dtype=torch.promote_types(q.dtype, torch.float32))
+    out = q.new_zeros((b, n, h, d))
+    lse = q.new_zeros((b, n, h), dtype=torch.promote_types(q.dtype, torch.float32))
     for some in _samples(q):
         whole = [_pad(x[some], todo.rows) for x in (q, k, v)]
         for heads, layers in todo.groups:
             part = [x[:, :, heads] for x in whole]
             seen = None if valid is None else valid[some, :, heads]
-            o, e = _layer(layers[0], part, seen, scale)
+            o, e = _layer(layers[0], part, seen, scale, (out[some, :, heads], lse[some, :, heads, None]))
             for layer in layers[1:]:
                 o2, e2 = _layer(layer, part, seen, scale)
                 _merge(o[:, layer.start :], e[:, layer.start :], o2[:, layer.start :], e2[:, layer.start :])
-            out[some, :, heads] = o[:, :n]
-            lse[some, :, heads] = e[:, :n, :, 0].masked_fill(e[:, :n, :, 0] == -INF, 0.0)
-    return out, lse
+            if todo.rows != n:
+                out[some, :, heads] = o[:, :n]
+                lse[some, :, heads] = e[:, :n, :, 0]
+    return out, lse.masked_fill_(lse == -INF, 0.0)
 
 
 def _backward(
@@ -191,27 +192,29 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     (b, n, h, d), todo = q.shape, _plan(plan, tuple(options), q.shape[1], q.shape[2])
     valid = _valid(key_mask, q, todo)
-    grads = tuple(q.new_empty((b, n, h, d)) for _ in range(3))
+    grads = [q.new_zeros((b, n, h, d)) for _ in range(3)]
+    direct = todo.rows == n and q.dtype == lse.dtype
     for some in _samples(q):
         whole = [_pad(x[some], todo.rows) for x in (q, k, v, grad, out, lse[..., None])]
         for heads, layers in todo.groups:
             part = [x[:, :, heads] for x in whole]
             seen = None if valid is None else valid[some, :, heads]
-            totals = [torch.zeros(part[0].shape, dtype=lse.dtype, device=q.device) for _ in range(3)]
+            totals = [x[some, :, heads] if direct else torch.zeros(part[0].shape, dtype=lse.dtype, device=q.device) for x in grads]
             for piece in (piece for layer in layers for piece in layer.pieces):
                 views = (piece.queries, piece.keys, piece.keys, piece.queries, piece.queries, piece.queries)
                 taken = [view.take(x) for view, x in zip(views, part, strict=True)]
                 for view, total, x in zip(views, totals, _gradients(taken, _allowed(piece, seen, q.device), piece.causal, scale), strict=False):
                     view.add(total, x)
             for x, total in zip(grads, totals, strict=True):
-                x[some, :, heads] = total[:, :n]
+                if not direct:
+                    x[some, :, heads] = total[:, :n]
     return grads[0], grads[1], grads[2]
 
 
 def _samples(x: Tensor) -> list[slice]:
     """Parts of the batch to work through one after the other, so that what is temporary stays small."""
     b, n = x.shape[:2]
-    step = max(1, (2048 if _dispatch.on_cpu(x) else 65536) // max(n, 1))
+    step = max(1, (1024 if _dispatch.on_cpu(x) else 65536) // max(n, 1))
     return [slice(first, first + step) for first in range(0, b, step)]
 
 
@@ -238,11 +241,16 @@ def _allowed(piece: Piece, valid: Tensor | None, device: torch.device) -> Tensor
     return mask
 
 
-def _layer(layer: Layer, qkv: Sequence[Tensor], valid: Tensor | None, scale: float) -> tuple[Tensor, Tensor]:
-    """Output and log-sum-exp over the pairs of one layer: (B, rows, H, d), (B, rows, H, 1)."""
+def _layer(
+    layer: Layer, qkv: Sequence[Tensor], valid: Tensor | None, scale: float, zeros: tuple[Tensor, Tensor] | None = None
+) -> tuple[Tensor, Tensor]:
+    """Output and log-sum-exp over the pairs of one layer, (B, rows, H, d), (B, rows, H, 1): in `zeros`, if they have these shapes."""
     q, k, v = qkv
-    out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
-    lse = torch.zeros((*q.shape[:3], 1), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
+    if zeros is not None and zeros[0].shape == q.shape:
+        out, lse = zeros
+    else:
+        out = torch.zeros(q.shape, dtype=q.dtype, device=q.device)
+        lse = torch.zeros((*q.shape[:3], 1), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
     for piece in layer.pieces:
         o, e = _attend(piece.queries.take(q), piece.keys.take(k), piece.keys.take(v), _allowed(piece, valid, q.device), piece.causal, scale)
         piece.queries.add(out, o)

@@ -12,7 +12,7 @@ and j <= i where causal. Heads use both factors ("merged"), A0 and A1 in turn ("
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import ClassVar, Protocol, TypeAlias
 
 import torch
 from torch import Tensor
@@ -20,10 +20,10 @@ from torch import Tensor
 from ...errors import require
 from .. import _dispatch
 from . import reference
-from .api import attend, attention_weights, combine_masks
+from .api import attend, attention_weights, combine_masks, rows_of
 from .blocks import Columns, Layer, Piece, Plan, Residues, Rows, Windows, block_attend, planner
 
-_dispatch.register("sparse_attention", "dense", "blocks")
+_dispatch.register("sparse_attention", "dense", "blocks", "flex")
 
 KINDS = ("strided", "fixed", "local", "all")
 MODES = ("merged", "split", "interleaved")
@@ -31,9 +31,35 @@ STEP = 32  # queries that share one window of keys: fewer make small products, m
 PARTS = 16  # groups of blocks that look at the summaries of earlier blocks: about half the work of one group, and small masks
 
 
+class Pattern(Protocol):
+    """Which pairs attention allows, as data. `plan` names its planner, `numbers()` are the planner's options; `every_pair`: it forbids nothing."""
+
+    plan: ClassVar[str]
+
+    @property
+    def causal(self) -> bool: ...
+    @property
+    def every_pair(self) -> bool: ...
+    def numbers(self) -> tuple[int, ...]: ...
+
+    def allows(self, h: Tensor, i: Tensor, j: Tensor, n: int) -> Tensor:
+        """Whether head h lets query i attend to key j among n positions; the three broadcast."""
+        ...
+
+    def mask(self, n: int, num_heads: int, device: torch.device | None = None, queries: Tensor | None = None) -> Tensor:
+        """The allowed pairs, (1 or num_heads, n, n), or their rows for chosen queries."""
+        ...
+
+    def dense_because(self, n: int, on_cpu: bool) -> str:
+        """Why one masked product is better than blocks for n positions; "" if it is not."""
+        ...
+
+
 @dataclass(frozen=True)
 class SparsePattern:
     """`stride` None is ceil(sqrt(N)), and at least summary * num_stripes for "fixed"; `layer_index` is for "interleaved" alone."""
+
+    plan: ClassVar[str] = "sparse"
 
     kind: str = "strided"
     stride: int | None = None
@@ -75,40 +101,49 @@ class SparsePattern:
             return ((every, (("A0", "A1")[self.layer_index % 2],)),)
         return ((slice(0, None, 2), ("A0",)), (slice(1, None, 2), ("A1",)))
 
-    def relation(self, factor: str, i: Tensor, j: Tensor, period: int, heads: range) -> Tensor:
-        """Whether queries i (L) may attend to keys j (M) by one factor: (1 or heads, L, M)."""
-        i, j = i[:, None], j[None, None]
+    @property
+    def every_pair(self) -> bool:
+        return self.kind == "all"
+
+    def relation(self, factor: str, h: Tensor, i: Tensor, j: Tensor, period: int) -> Tensor:
+        """Whether head h lets query i attend to key j by one factor; the three broadcast."""
         if self.kind == "all":
             seen = (i == i) & (j == j)
         elif factor == "A0":
             seen = i // period == j // period if self.kind == "fixed" else (i - j).abs() < period
         elif self.kind == "fixed":
-            first = torch.tensor([at[0] for at in self.columns(period, heads)], device=i.device)[:, None, None]
-            first = first[:1] if self.num_stripes == 1 else first
-            seen = (j % period >= first) & (j % period < first + self.summary) & (i == i)
+            column = j % period - (period - (h % self.num_stripes + 1) * self.summary)
+            seen = (column >= 0) & (column < self.summary) & (i == i)
         else:
             seen = (i - j) % period == 0
         return seen & (j <= i) if self.causal else seen
+
+    def allows(self, h: Tensor, i: Tensor, j: Tensor, n: int) -> Tensor:
+        """Whether head h lets query i attend to key j among n positions; the three broadcast."""
+        near, far = (self.relation(factor, h, i, j, self.period(n)) for factor in ("A0", "A1"))
+        if self.kind in ("local", "all"):
+            return near
+        if self.head_mode == "split":
+            return torch.where(h % 2 == 0, near, far)
+        return near | far if self.head_mode == "merged" else (near, far)[self.layer_index % 2]
+
+    def dense_because(self, n: int, on_cpu: bool) -> str:
+        least = (256 if self.causal else 512) if on_cpu else 1024
+        if n < least or n < 2 * self.period(n):
+            return f"below {least} positions, or two strides, one masked product is faster than several small ones"
+        return ""
 
     def columns(self, period: int, heads: range) -> tuple[tuple[int, ...], ...]:
         """The summary columns of a block, for each head."""
         starts = [period - (h % self.num_stripes + 1) * self.summary for h in heads]
         return tuple(tuple(range(at, at + self.summary)) for at in starts)
 
-    def mask(self, n: int, num_heads: int, device: torch.device | None = None) -> Tensor:
-        """The allowed pairs, (1 or num_heads, n, n)."""
-        at, period, groups = torch.arange(n, device=device), self.period(n), self.groups()
-        rows = []
-        for heads, factors in groups:
-            own = range(num_heads)[heads]
-            seen = self.relation(factors[0], at, at, period, own)
-            for factor in factors[1:]:
-                seen = seen | self.relation(factor, at, at, period, own)
-            rows.append(seen if len(groups) == 1 else seen.expand(len(own), n, n))
-        if len(groups) == 1:
-            return rows[0]
-        order = sorted(range(num_heads), key=[h for heads, _ in groups for h in range(num_heads)[heads]].__getitem__)
-        return torch.cat(rows)[order]
+    def mask(self, n: int, num_heads: int, device: torch.device | None = None, queries: Tensor | None = None) -> Tensor:
+        """The allowed pairs, (1 or num_heads, n, n), or their rows for chosen queries."""
+        alike = self.kind in ("local", "all") or (self.head_mode != "split" and (self.kind == "strided" or self.num_stripes == 1))
+        h, j = torch.arange(1 if alike else num_heads, device=device), torch.arange(n, device=device)
+        i = j if queries is None else queries
+        return self.allows(h[:, None, None], i[:, None], j[None, None], n)
 
 
 def sparse_pattern(
@@ -132,7 +167,7 @@ def sparse_attend(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    pattern: SparsePattern,
+    pattern: Pattern,
     *,
     scale: float | None = None,
     key_mask: Tensor | None = None,
@@ -154,12 +189,16 @@ def sparse_attend(
     scale = 1 / math.sqrt(q.shape[-1]) if scale is None else scale
     n, h = q.shape[2], q.shape[1]
     impl = _dispatch.choose("sparse_attention", *_automatic(pattern, q, attn_mask, dropout))
-    if impl == "blocks":
-        require(pattern.kind != "all", "sparse_attention has no blocks for pattern={!r}", pattern.kind)
-        require(attn_mask is None and dropout == 0, "sparse_attention by blocks takes no attn_mask and no dropout")
-        return block_attend(q, k, v, "sparse", pattern.numbers(), scale=scale, key_mask=key_mask)
+    if impl in ("blocks", "flex"):
+        require(not pattern.every_pair, "sparse_attention has no {} where all pairs are allowed", impl)
+        require(attn_mask is None and dropout == 0, "sparse_attention by {} takes no attn_mask and no dropout", impl)
+        if impl == "flex":
+            from .flex import flex_attend
+
+            return flex_attend(q, k, v, pattern, scale, key_mask)
+        return block_attend(q, k, v, pattern.plan, pattern.numbers(), scale=scale, key_mask=key_mask)
     keys = None if key_mask is None else key_mask[:, None, None]
-    if impl == "dense" and pattern.kind == "all":
+    if impl == "dense" and pattern.every_pair:
         return attend(q, k, v, scale=scale, mask=combine_masks(keys, attn_mask), causal=pattern.causal, dropout=dropout)
     mask = combine_masks(pattern.mask(n, h, q.device), keys, attn_mask)
     if impl == "reference":
@@ -170,28 +209,28 @@ def sparse_attend(
 def sparse_weights(
     q: Tensor,
     k: Tensor,
-    pattern: SparsePattern,
+    pattern: Pattern,
     *,
     scale: float | None = None,
+    queries: Tensor | None = None,
     key_mask: Tensor | None = None,
     attn_mask: Tensor | None = None,
 ) -> Tensor:
-    """The weights `sparse_attend` uses, dense: (B, H, N, N)."""
+    """The weights `sparse_attend` uses, dense: (B, H, N, N). For R chosen `queries` pass those rows of q: (B, H, R, N)."""
     keys = None if key_mask is None else key_mask[:, None, None]
-    return attention_weights(q, k, scale=scale, mask=combine_masks(pattern.mask(q.shape[2], q.shape[1], q.device), keys, attn_mask))
+    mask = combine_masks(pattern.mask(k.shape[2], k.shape[1], k.device, queries), keys, rows_of(attn_mask, queries))
+    return attention_weights(q, k, scale=scale, mask=mask)
 
 
-def _automatic(pattern: SparsePattern, q: Tensor, attn_mask: Tensor | None, dropout: float) -> tuple[str, str]:
-    if pattern.kind == "all":
+def _automatic(pattern: Pattern, q: Tensor, attn_mask: Tensor | None, dropout: float) -> tuple[str, str]:
+    if pattern.every_pair:
         return "dense", "every pair is allowed"
     if attn_mask is not None or dropout > 0:
         return "dense", "attn_mask and dropout act on single weights, which blocks do not form"
     if isinstance(q.shape[2], torch.SymInt):
         return "blocks", "a graph with a free length must not depend on it"
-    least = (256 if pattern.causal else 512) if _dispatch.on_cpu(q) else 1024
-    if q.shape[2] < least or q.shape[2] < 2 * pattern.period(q.shape[2]):
-        return "dense", f"below {least} positions, or two strides, one masked product is faster than several small ones"
-    return "blocks", "the pattern falls into dense blocks, N sqrt(N) work with a stride near sqrt(N)"
+    why = pattern.dense_because(q.shape[2], _dispatch.on_cpu(q))
+    return ("dense", why) if why else ("blocks", "the pattern falls into dense blocks, far fewer pairs than N x N")
 
 
 @planner
@@ -227,8 +266,9 @@ def _masked(pattern: SparsePattern, factors: tuple[str, ...], i: range, j: range
 
     def mask(device: torch.device) -> Tensor:
         at, to = torch.arange(i.start, i.stop, device=device), torch.arange(j.start, j.stop, device=device)
-        seen = pattern.relation(factors[0], at, to, period, heads)
-        return seen & ~pattern.relation(factors[1], at, to, period, heads) if len(factors) > 1 else seen
+        h = torch.arange(heads.start, heads.stop, heads.step, device=device)[: None if pattern.num_stripes > 1 else 1, None, None]
+        first, *second = (pattern.relation(factor, h, at[:, None], to[None, None], period) for factor in factors)
+        return first & ~second[0] if second else first
 
     return mask
 
