@@ -59,11 +59,15 @@ def cases() -> list[Case]:
     out += [Case("halo", halo, s, floor_forward=1.7, floor_both=1.0, target_both=2.0) for s in MAPS]
     out += [Case("carafe", {}, s, floor_both=5.0, floor_memory=3.0) for s in MAPS]
     out += [Case("sparse", {**tokens, "stride": 64}, (2, 4096, 256), floor_both=4.0), Case("sparse", {**tokens, "stride": 64}, (2, 1024, 256))]
+    local = {**tokens, "pattern": "local", "stride": 128}
+    out += [Case("sparse", local, (2, n, 256), target_both=2.0) for n in (1024, 4096, 8192)]
     out += [Case("multi_head", tokens, (2, n, 256), floor_forward=f, training=False) for n, f in ((1024, None), (4096, 2.0))]
     linear = (("luna", {"memory_len": 128}), ("performer", {"eps": 1e-4}), ("efficient", {}))
     out += [Case(id, {**tokens, **extra}, (2, n, 256)) for id, extra in linear for n in (1024, 4096, 8192)]
     causal = (("luna", {"memory_len": 16, "causal": True}), ("performer", {"causal": True}))
     out += [Case(id, {**tokens, **extra}, (2, n, 256)) for id, extra in causal for n in (1024, 4096)]
+    out += [Case(id, {"dim": 256}, (2, n, 256)) for id in ("luong_global", "luong_local") for n in (1024, 4096)]
+    out += [Case("luong_global", {"dim": 256, "score": "concat"}, (2, 256, 256))]
     out += [Case("lstm_cell", {"input_size": 256, "hidden_size": 256}, (8, 256, 256))]
     return out
 
@@ -100,6 +104,8 @@ def measure(case: Case, seconds: float) -> Iterator[Row]:
     x = torch.randn(case.shape)
     for name, build in PEERS[case.id].items():
         peer = build(ours)
+        if peer is None:
+            continue
         models = (ours.train(case.training), peer.train(case.training))
         outputs = [first(model(x)) for model in models]
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5 * outputs[1].abs().max().item())

@@ -1,9 +1,16 @@
-"""Public forms of our mechanisms, re-expressed for timing: `PEERS[id][whose] (our module) -> a module with the same weights`."""
+"""Public forms of our mechanisms, re-expressed for timing: `PEERS[id][whose] (our module) -> a module with the same weights`, or None."""
 
 from collections.abc import Callable, Mapping
 
 from torch import nn
 
-from . import channel, context, local, sequence
+from . import blocks, channel, context, local, luong, sequence
 
-PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module]]] = {**channel.PEERS, **context.PEERS, **local.PEERS, **sequence.PEERS}
+PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module | None]]] = {
+    **blocks.PEERS,
+    **channel.PEERS,
+    **context.PEERS,
+    **local.PEERS,
+    **luong.PEERS,
+    **sequence.PEERS,
+}

@@ -1,6 +1,6 @@
 """Public forms of sequence mechanisms, re-expressed for timing: the same operations in the same order, on the same weights.
 
-Each takes one of our modules and copies its weights, so outputs must be equal.
+Each takes one of our modules and copies its weights, so outputs must be equal; None where it has no such options.
 """
 
 import copy
@@ -56,6 +56,29 @@ class _Projected(nn.Module):
 
     def heads(self, x: Tensor) -> Tensor:
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+
+
+class BucketedLocal(_Projected):
+    """local-attention: buckets of queries beside their own keys and those of the bucket before, concatenated; scores stored, masked twice."""
+
+    def __init__(self, ours: nn.Module) -> None:
+        super().__init__(ours, ("q_proj", "k_proj", "v_proj", "out_proj"))
+        self.window = ours.stride
+
+    def around(self, x: Tensor, pad: float = 0.0) -> Tensor:
+        before = F.pad(x, (0, 0) * (x.ndim - 2) + (1, 0), value=pad)
+        return torch.cat((before[:, :-1], before[:, 1:]), 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, _ = x.shape
+        q, k, v = (self.heads(p(x)).flatten(0, 1).unflatten(1, (-1, self.window)) for p in (self.q_proj, self.k_proj, self.v_proj))
+        at = torch.arange(n, device=x.device, dtype=x.dtype).view(1, -1, self.window, 1)
+        i, j = at, self.around(at, -1.0).transpose(2, 3)
+        scores = torch.einsum("bwie,bwje->bwij", q * q.shape[-1] ** -0.5, self.around(k))
+        lowest = -torch.finfo(scores.dtype).max
+        scores = scores.masked_fill((i < j) | (i >= j + self.window), lowest).masked_fill(j == -1, lowest)
+        out = torch.einsum("bwij,bwje->bwie", scores.softmax(-1), self.around(v))
+        return self.out_proj(out.flatten(1, 2).unflatten(0, (b, -1)).transpose(1, 2).flatten(2))
 
 
 class PublicPerformer(_Projected):
@@ -164,11 +187,19 @@ def _luna(ours: nn.Module) -> nn.Module:
     return (PublicCausalLuna if ours.causal else PublicLuna)(ours)
 
 
-PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module]]] = {
+def _masked(ours: nn.Module) -> nn.Module | None:
+    return None if ours.pattern == "local" else MaskedSDPA(ours)
+
+
+def _bucketed(ours: nn.Module) -> nn.Module | None:
+    return BucketedLocal(ours) if ours.pattern == "local" else None
+
+
+PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module | None]]] = {
     "efficient": {"linear-attention": PublicEfficient},
     "lstm_cell": {"nn.LSTM": TorchLSTM},
     "luna": {"fairseq-apollo": _luna},
     "multi_head": {"nn.MultiheadAttention": TorchMultihead},
     "performer": {"performer-pytorch": _performer},
-    "sparse": {"masked SDPA": MaskedSDPA},
+    "sparse": {"masked SDPA": _masked, "local-attention": _bucketed},
 }

@@ -131,3 +131,19 @@ def largest(mask: Tensor | None) -> Stabilise:
 def running(so_far: Tensor) -> Stabilise:
     """The larger of `so_far` and a new position's own."""
     return lambda own: torch.maximum(own, so_far)
+
+
+def kernel_features(z: Tensor, kind: str, projection: Tensor | None = None) -> Tensor:
+    """Features of z (B, H, N, d), each position alone, in at least float32: relu(z), elu(z) + 1, or "favor" with no maximum subtracted,
+    exp(W z' - |z'|^2 / 2) / sqrt(m), z' = z d^-1/4, for a projection (m, d) or (H, m, d).
+    """
+    with full_precision(z):
+        z = z.to(torch.promote_types(z.dtype, torch.float32))
+        if kind == "relu":
+            return F.relu(z)
+        if kind == "elu":  # compiled, the backward pass of F.elu fails on the strides of heads; eager, it is ten times faster
+            return F.relu(z) + z.clamp_max(0.0).exp() if torch.compiler.is_compiling() else F.elu(z) + 1
+        assert projection is not None
+        z = z * z.shape[-1] ** -0.25
+        projected = z @ projection_per_head(projection.to(z.dtype), z.shape[1], z.shape[3]).mT
+        return (projected - z.square().sum(-1, keepdim=True) / 2).exp() * projected.shape[-1] ** -0.5

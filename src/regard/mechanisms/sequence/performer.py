@@ -24,7 +24,7 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, fused, rename
-from ...ops.linear_attention import blockwise, chunk_size, effective_weights, linear_attention
+from ...ops.linear_attention import blockwise, chunk_size, effective_weights, favor_attention, favor_runs_in_pieces, linear_attention
 from ...ops.linear_attention.streaming import PerformerState, performer_start, performer_step
 from ...ops.softmax_attention import causal_mask, combine_masks
 from ...parts.feature_maps import FeatureMap, counts_as_forward, largest, projection_per_head, random_projection, running
@@ -220,6 +220,8 @@ class PerformerAttention(Mechanism):
         """The core alone, on (B, H, N, d)."""
         w = self._projection(q, projection)
         causal = self.causal if causal is None else causal
+        if w is not None and self.feature_map == "favor+" and not causal and favor_runs_in_pieces(q, w):
+            return favor_attention(q, k, v, w, mask=key_mask, floor=self._map.floor(w), denom_min=self.denom_min)
 
         def core(q: Tensor, k: Tensor, v: Tensor, w: Tensor | None, mask: Tensor | None) -> Tensor:
             options = {"causal": causal, "normalize": True, "key_eps": 1e-6 if causal else 0.0, "denom_min": self.denom_min}

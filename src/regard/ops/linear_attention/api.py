@@ -6,12 +6,13 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
-from . import blocked, chunked, prefix, reference
+from . import blocked, chunked, favor, prefix, reference
 from .chunks import chunk_size, fitted, full_precision
 
 _dispatch.register("linear_attention", "chunked")
 _dispatch.register("prefix_softmax_attention", "chunked")
 _dispatch.register("blockwise", "whole", "blocked")
+_dispatch.register("favor_attention", "features", "pieces")
 
 BLOCK = 1 << 21  # floats of temporaries in a block: 8 MB
 # Up to here (64 MB) keeping them is faster than computing them again, and no single one is above 32 MB.
@@ -59,6 +60,32 @@ def linear_attention(
             total = total + key_eps * q.sum(-1, keepdim=True) if key_eps else total
             out = out / (total.masked_fill(total == 0, 1.0) if denom_min is None else total.clamp_min(denom_min))
         return out.to(given)
+
+
+def favor_runs_in_pieces(q: Tensor, w: Tensor) -> bool:
+    """Whether to call `favor_attention` rather than to make the features."""
+    choice = "pieces", "features stay in the cache and none is kept for the backward pass"
+    if torch._C._are_functorch_transforms_active() or not _dispatch.on_cpu(q):
+        choice = "features", "under a function transform or not on the CPU"
+    elif w.requires_grad and torch.is_grad_enabled():
+        choice = "features", "a projection that learns needs its gradient"
+    return _dispatch.choose("favor_attention", *choice) == "pieces"
+
+
+def favor_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor, *, mask: Tensor | None, floor: float, denom_min: float | None) -> Tensor:
+    """Normalised attention through positive random features f + floor of queries and keys, none of which is kept.
+
+    Args:
+        q, k, v: (B, H, N, d), (B, H, M, d), (B, H, M, e).
+        w: the projection, (1, 1 or H, m, d); gets no gradient.
+        mask: boolean (B, M), True = the key counts.
+        floor, denom_min: added to each feature; smallest denominator.
+
+    Returns:
+        (B, H, N, e), differentiable once; sums are kept in float32 at least.
+    """
+    with full_precision(q):
+        return favor.favor(q, k, v, w, mask, floor, denom_min)[0]
 
 
 def prefix_softmax_attention(q: Tensor, k: Tensor, v: Tensor, *, mask: Tensor | None = None) -> Tensor:

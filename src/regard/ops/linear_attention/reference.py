@@ -1,5 +1,7 @@
 """The definitions, written out with all N x M weights."""
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,3 +18,33 @@ def prefix_softmax(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     later = torch.ones(n, n, dtype=torch.bool, device=k.device).triu(1)
     share = k.unsqueeze(2).expand(-1, -1, n, -1, -1).masked_fill(later[..., None], float("-inf")).softmax(3)
     return torch.einsum("bhtc,bhtsc,bhse->bhte", q, share, v)
+
+
+def toeplitz_mask(table: Tensor, queries: Tensor) -> Tensor:
+    """Rows `queries` of M_ij = table[h, i_1 - j_1 + n_1 - 1, ...] for a table (H, 2 n_1 - 1, ...): (H, R, N), positions row by row."""
+    index = queries.new_zeros(1, 1)
+    count = math.prod((s + 1) // 2 for s in table.shape[1:])
+    keys, after = torch.arange(count, device=queries.device), count
+    for side in table.shape[1:]:
+        n = (side + 1) // 2
+        after = after // n
+        index = index * side + (queries[:, None] // after) % n - (keys // after) % n + n - 1
+    return table.flatten(1)[:, index]
+
+
+def toeplitz(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+    """((q k^T) * M) v."""
+    return ((q @ k.mT) * toeplitz_mask(table, torch.arange(q.shape[2], device=q.device))) @ v
+
+
+def ring_weights(weights: Tensor, queries: Tensor, height: int, width: int) -> Tensor:
+    """weights (B, H, R, rings + 1) of positions `queries`, spread over the map by min(distance, rings): (B, H, R, N)."""
+    keys = torch.arange(height * width, device=queries.device)
+    rows, columns = (queries[:, None] // width - keys // width).abs(), (queries[:, None] % width - keys % width).abs()
+    index = torch.maximum(rows, columns).clamp_max(weights.shape[3] - 1)
+    return weights.gather(3, index.expand(*weights.shape[:2], -1, -1))
+
+
+def rings(q: Tensor, k: Tensor, v: Tensor, weights: Tensor, height: int, width: int) -> Tensor:
+    """sum_t w[p, min(D, R)] (q_p . k_t) v_t."""
+    return ((q @ k.mT) * ring_weights(weights, torch.arange(q.shape[2], device=q.device), height, width)) @ v

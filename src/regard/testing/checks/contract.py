@@ -35,7 +35,7 @@ def wrong_calls_are_answered(subject: Subject) -> None:
     name, inputs = subject.main, subject.inputs()
     x = inputs[name]
     _refused(subject, {**inputs, name: x[0]}, f"{name} without its batch axis", name)
-    wide = 1 if subject.layout in ("map", "pair") else 2
+    wide = 1 if subject.layout in ("map", "pair") and not (subject.layout == "pair" and x.ndim == 3) else 2
     wider = torch.cat((x, x.narrow(wide, 0, 1)), wide)
     _refused(subject, {**inputs, name: wider}, f"{name} one channel too wide", name, subject.width + 1, subject.width)
     _refused(subject, {**inputs, name: x.long()}, f"an integer {name}", name, "int64")

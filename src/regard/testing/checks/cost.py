@@ -19,6 +19,8 @@ def count_flops(module: torch.nn.Module, inputs: Inputs) -> int:
 def sizes_of(subject: Subject, inputs: Inputs) -> dict[str, int]:
     """What B, N, M, H, W of a cost formula stand for. In a pair N and M are the positions of a and b."""
     x = inputs[subject.main]
+    if subject.layout == "pair" and x.ndim == 3:
+        return {"B": x.shape[0], "N": x.shape[1], "M": inputs["b"].shape[1]}
     if subject.layout in ("map", "pair"):
         n = x.shape[2:].numel()
         other = inputs["b"].shape[2:].numel() if "b" in inputs else n

@@ -1,0 +1,5 @@
+"""Additive scores v . tanh(q + k), without a tensor of queries x keys x width."""
+
+from .api import additive_scores
+
+__all__ = ["additive_scores"]
