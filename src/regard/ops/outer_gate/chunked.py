@@ -1,0 +1,71 @@
+"""Some channels of one sample at a time: the gate is formed in the cache and never kept, forward and backward.
+
+out = x (1 + s) / z,   s = sigmoid(l):   dx = d (1 + s) / z,   dl = d x s (1 - s) / z
+"""
+
+import math
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from .._operator import operator
+
+_ELEMENTS = 1 << 18
+
+
+def _parts(x: Tensor) -> Iterator[tuple[int, slice]]:
+    """Samples, and runs of their channels of about 1 MiB."""
+    step = max(1, _ELEMENTS // x[0, 0].numel())
+    for b in range(x.shape[0]):
+        for at in range(0, x.shape[1], step):
+            yield b, slice(at, at + step)
+
+
+def _gate(channel: Tensor, position: Tensor, b: int, part: slice, mul: bool) -> Tensor:
+    column, plane = channel[b, part, None, None], position[b]
+    return torch.sigmoid_(column * plane if mul else column + plane)
+
+
+def _forward(x: Tensor, channel: Tensor, position: Tensor, mul: bool, at_zero: float) -> Tensor:
+    out = torch.empty_like(x)
+    for b, part in _parts(x):
+        gate = _gate(channel, position, b, part, mul).add_(1)
+        torch.mul(x[b, part], gate if at_zero == 1 else gate.div_(at_zero), out=out[b, part])
+    return out
+
+
+def _backward(d_out: Tensor, x: Tensor, channel: Tensor, position: Tensor, mul: bool, at_zero: float) -> tuple[Tensor, Tensor, Tensor]:
+    dx, d_channel, d_position = torch.empty_like(x), torch.empty_like(channel), torch.zeros_like(position)
+    planes = position.flatten(1) if mul else torch.ones_like(position).flatten(1)
+    columns = channel if mul else torch.ones_like(channel)
+    for b, part in _parts(x):
+        gate, d = _gate(channel, position, b, part, mul), d_out[b, part]
+        d_logits = torch.ops.aten.sigmoid_backward(d * x[b, part], gate).flatten(1)
+        d_channel[b, part] = torch.mv(d_logits, planes[b])
+        d_position[b] += torch.mv(d_logits.mT, columns[b, part]).view(position.shape[1:])
+        torch.mul(d, gate.add_(1), out=dx[b, part])
+    if at_zero != 1:
+        for one in (dx, d_channel, d_position):
+            one.div_(at_zero)
+    return dx, d_channel, d_position
+
+
+def _fake(x: Tensor, channel: Tensor, position: Tensor, mul: bool, at_zero: float) -> Tensor:
+    return torch.empty_like(x)
+
+
+def _fake_backward(d_out: Tensor, x: Tensor, channel: Tensor, position: Tensor, mul: bool, at_zero: float) -> tuple[Tensor, Tensor, Tensor]:
+    return torch.empty_like(x), torch.empty_like(channel), torch.empty_like(position)
+
+
+apply = operator(
+    "outer_gate",
+    _forward,
+    _backward,
+    _fake,
+    tensors=3,
+    fake_backward=_fake_backward,
+    flops=lambda *_: 0,
+    backward_flops=lambda d_out, x, *_: 4 * math.prod(x),
+)
