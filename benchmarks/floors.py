@@ -4,8 +4,8 @@
     python benchmarks/floors.py se halo --dry       # these ids, printed alone
 
 Times are medians of interleaved rounds (ours, peer, ours, peer, ...) of wall milliseconds. Memory is the peak of the allocator's events during
-one pass beyond what was there before, scratch space inside operators included. `floor` is the factor this project holds itself to, `target` one
-that nobody has reached yet.
+one pass beyond what was there before, scratch space inside operators included. `floor` is the factor this project holds itself to, held from 95 %
+of it on (the noise of a quiet run); `target` is one that nobody has reached yet.
 """
 
 import argparse
@@ -30,12 +30,13 @@ sys.path.insert(0, str(Path(__file__).parent))
 from peers import PEERS
 
 MEASURED = Path(__file__).parents[1] / "docs" / "measured"
+EQUAL = 0.95
 MAPS = ((4, 64, 56, 56), (4, 256, 28, 28))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One comparison: what to build, on what, and the factors to reach (forward, forward + backward, peak memory of the latter)."""
+    """One comparison: what to build, on what, and the factors to reach (time and peak memory, forward and forward + backward)."""
 
     id: str
     options: dict[str, object]
@@ -43,6 +44,7 @@ class Case:
     floor_forward: float | None = None
     floor_both: float | None = None
     floor_memory: float | None = None
+    floor_memory_forward: float | None = None
     target_both: float | None = None
     training: bool = True
 
@@ -50,6 +52,7 @@ class Case:
 def cases() -> list[Case]:
     halo = {"num_heads": 8, "block_size": 7, "halo_size": 3}
     tokens = {"dim": 256, "num_heads": 8}
+    equal = {"floor_both": 1.0, "floor_memory": 1.0}
     out = [Case("se", {}, s, floor_both=1.8) for s in MAPS]
     out += [Case("eca", {}, s, target_both=1.5) for s in MAPS]
     out += [Case("cbam", {}, s, target_both=1.5) for s in MAPS]
@@ -61,13 +64,33 @@ def cases() -> list[Case]:
     out += [Case("sparse", {**tokens, "stride": 64}, (2, 4096, 256), floor_both=4.0), Case("sparse", {**tokens, "stride": 64}, (2, 1024, 256))]
     local = {**tokens, "pattern": "local", "stride": 128}
     out += [Case("sparse", local, (2, n, 256), target_both=2.0) for n in (1024, 4096, 8192)]
-    out += [Case("multi_head", tokens, (2, n, 256), floor_forward=f, training=False) for n, f in ((1024, None), (4096, 2.0))]
-    linear = (("luna", {"memory_len": 128}), ("performer", {"eps": 1e-4}), ("efficient", {}))
-    out += [Case(id, {**tokens, **extra}, (2, n, 256)) for id, extra in linear for n in (1024, 4096, 8192)]
+    out += [Case("multi_head", tokens, (2, 1024, 256), training=False)]
+    out += [Case("multi_head", tokens, (2, 4096, 256), floor_forward=2.0, floor_memory_forward=20.0, training=False)]
+    lara = {"num_landmarks": 64, "proposal": "adaptive-1d", "noise_std": 0.0}  # without noise outputs can be compared in training
+    linear = (("luna", {"memory_len": 128}), ("performer", {"eps": 1e-4}), ("lara", lara), ("mra", {"block_size": 32}))
+    for id, extra in linear:
+        out += [Case(id, {**tokens, **extra}, (2, 1024, 256), **equal)]
+        out += [Case(id, {**tokens, **extra}, (2, n, 256), **equal, target_both=2.0) for n in (4096, 8192)]
+    out += [Case("efficient", tokens, (2, n, 256), **equal) for n in (1024, 4096, 8192)]
+    out += [Case("gau", {"dim": 256}, (2, 1024, 256), floor_both=1.6)]
+    out += [Case("gau", {"dim": 256}, (2, 4096, 256), floor_forward=2.5, floor_memory_forward=8.0, floor_both=1.0)]
+    out += [Case("mixed_chunk", {"dim": 256}, (2, n, 256), **equal) for n in (1024, 4096, 8192)]
+    out += [Case("hypercube", tokens, (2, n, 256), **equal) for n in (1024, 4096)]
+    out += [Case("randomized", {**tokens, "num_samples": -1, "noise_std": 0.0}, (2, n, 256), **equal) for n in (1024, 2048)]
+    out += [Case("probabilistic", tokens, (2, 1024, 256), **equal)]
+    adapted = {"magnitude_priors": False, "alpha": 0.2, "key_adaptation_iters": 2, "key_prior_precision": 1.0}
+    out += [Case("probabilistic", {**tokens, **adapted}, (2, 1024, 256), **equal)]
+    out += [Case("coda", tokens, (2, n, 256), **equal) for n in (512, 1024)]
+    out += [Case("synthesizer", {**tokens, "max_len": 1024, "mode": m}, (2, 1024, 256), **equal) for m in ("dense", "random", "factorized_random")]
+    for n, grid in ((1024, (32, 32)), (4096, (64, 64))):
+        out += [Case("masked_linear", {**tokens, "max_len": n}, (1, n, 256), **equal)]
+        out += [Case("ripple", {**tokens, "grid_size": grid}, (1, n, 256), **equal)]
+        out += [Case("vars", {**tokens, "variant": "d"}, (2, n, 256), **equal)]
+        out += [Case("context_pool", {"dim": 256}, (1, n, 256), **equal)]
     causal = (("luna", {"memory_len": 16, "causal": True}), ("performer", {"causal": True}))
-    out += [Case(id, {**tokens, **extra}, (2, n, 256)) for id, extra in causal for n in (1024, 4096)]
-    out += [Case(id, {"dim": 256}, (2, n, 256)) for id in ("luong_global", "luong_local") for n in (1024, 4096)]
-    out += [Case("luong_global", {"dim": 256, "score": "concat"}, (2, 256, 256))]
+    out += [Case(id, {**tokens, **extra}, (2, n, 256), **equal) for id, extra in causal for n in (1024, 4096)]
+    out += [Case(id, {"dim": 256}, (2, 1024, 256), **equal) for id in ("luong_global", "luong_local")]
+    out += [Case("luong_global", {"dim": 256, "score": "concat"}, (2, 256, 256), **equal)]
     out += [Case("lstm_cell", {"input_size": 256, "hidden_size": 256}, (8, 256, 256))]
     return out
 
@@ -119,10 +142,11 @@ def measure(case: Case, seconds: float) -> Iterator[Row]:
             peaks = [peak_bytes(lambda model=model, call=call: call(model), x.device) / 1e6 for model in models]
             faster, leaner = times[1] / times[0], peaks[1] / peaks[0]
             floor = case.floor_forward if run == "forward" else case.floor_both
-            memory = case.floor_memory if run != "forward" else (20.0 if case.id == "multi_head" and case.shape[1] == 4096 else None)
+            memory = case.floor_memory_forward if run == "forward" else case.floor_memory
             wanted = [f"{floor:g}x" if floor else "", f"memory {memory:g}x" if memory else ""]
             wanted.append(f"target {case.target_both:g}x" if case.target_both and run != "forward" else "")
-            met = "" if not (floor or memory) else ("yes" if faster >= (floor or 0) and leaner >= (memory or 0) else "no")
+            held = faster >= EQUAL * (floor or 0) and leaner >= EQUAL * (memory or 0)
+            met = "" if not (floor or memory) else "yes" if held else "no"
             size = "x".join(map(str, case.shape))
             largest = max(allocations(lambda call=call, mine=models[0]: call(mine))) / 1e6
             yield Row(case.id, name, size, run, times[0], times[1], faster, peaks[0], peaks[1], leaner, largest, ", ".join(filter(None, wanted)), met)

@@ -103,11 +103,10 @@ class MaskedLinearAttention(Mechanism):
         " m*(head_dim + 1)*(N - p)*(2.5*2**axes*log2(2**axes*(N - p)) + 2))"
         " + (m*(head_dim + 1)*(N + (0 if causal else N + p)) if p else 0))",
         grows={"N": 1.1},
-        can=frozenset({"causal", "cross", "key_mask", "weights", "rows", "row_stochastic", "linear", "step", "permutation_equivariant"}),
+        can=frozenset({"causal", "cross", "key_mask", "weights", "rows", "row_stochastic", "step", "permutation_equivariant"}),
         unless={
             "cross": "mask != 'none' or causal",
             "step": "mask != 'none' or not causal",
-            "linear": "mask != 'none'",
             "row_stochastic": "rpe_activation == 'none'",
             "permutation_equivariant": "mask != 'none'",
         },
