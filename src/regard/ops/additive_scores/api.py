@@ -1,6 +1,5 @@
 """Additive scores: precision settled, the implementation chosen."""
 
-import torch
 from torch import Tensor
 
 from .. import _dispatch
@@ -22,6 +21,4 @@ def additive_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with full_precision(q):
         q, k, v = (t.to(at_least_float32(q, k, v)) for t in (q, k, v))
         choice = "pieces", "some queries at a time, so that (N, M, d) is never stored"
-        if torch._C._are_functorch_transforms_active():
-            choice = "reference", "function transforms take plain operations alone"
         return (reference if _dispatch.choose("additive_scores", *choice) == "reference" else pieces).scores(q, k, v)

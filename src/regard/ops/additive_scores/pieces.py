@@ -5,10 +5,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.flop_counter import register_flop_formula
 
-from ...errors import RegardError
 from .. import _dispatch
+from .._operator import operator
 
 Piece = tuple[int, slice, slice]
 CPU, OTHER = 2**18, 2**25  # floats of (queries, keys, d) in a piece; 1 MB stays in the cache
@@ -31,16 +30,14 @@ def _inner(q: Tensor, k: Tensor, piece: Piece) -> Tensor:
     return (q[i, rows, None] + k[i, columns]).tanh_()
 
 
-@torch.library.custom_op("regard::additive_scores", mutates_args=())
-def scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     out = q.new_empty(q.shape[0], q.shape[1], k.shape[1])
     for piece in _pieces(q, k):
         out[piece] = _inner(q, k, piece) @ v
     return out
 
 
-@torch.library.custom_op("regard::additive_scores_backward", mutates_args=())
-def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def _backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (torch.zeros(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     for piece in _pieces(q, k):
         i, rows, columns = piece
@@ -52,35 +49,18 @@ def backward(grad: Tensor, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
     return dq.mul_(v), dk.mul_(v), dv
 
 
-@scores.register_fake
-def _(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+def _like(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return q.new_empty(q.shape[0], q.shape[1], k.shape[1])
 
 
-@backward.register_fake
-def _(grad: Tensor, *inputs: Tensor) -> tuple[Tensor, ...]:
-    return tuple(torch.empty_like(x, memory_format=torch.contiguous_format) for x in inputs)
-
-
-def _keep(ctx: Any, inputs: tuple[Tensor, ...], output: Any) -> None:
-    ctx.save_for_backward(*inputs)
-
-
-def _once(ctx: Any, *grads: Tensor) -> Any:
-    raise RegardError("additive scores are differentiable once; for second derivatives use use_impl('reference')")
-
-
-scores.register_autograd(lambda ctx, grad: backward(grad, *ctx.saved_tensors), setup_context=_keep)
-backward.register_autograd(_once, setup_context=_keep)
-
-
-@register_flop_formula(torch.ops.regard.additive_scores)
-def _flops(q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _flops(q: Any, k: Any, v: Any) -> int:
     """The product with v."""
     return 2 * q[0] * q[1] * k[1] * q[2]
 
 
-@register_flop_formula(torch.ops.regard.additive_scores_backward)
-def _backward_flops(grad: Any, q: Any, k: Any, v: Any, *args: Any, out_shape: Any = None, **kwargs: Any) -> int:
+def _backward_flops(grad: Any, q: Any, k: Any, v: Any) -> int:
     """Two for each of the three gradients."""
     return 3 * _flops(q, k, v)
+
+
+scores = operator("additive_scores", _scores, _backward, _like, tensors=3, flops=_flops, backward_flops=_backward_flops)

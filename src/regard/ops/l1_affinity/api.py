@@ -106,8 +106,6 @@ def _distance(a: Tensor, b: Tensor) -> Tensor:
 
 
 def _automatic(dropout: float) -> tuple[str, str]:
-    if torch._C._are_functorch_transforms_active():
-        return "reference", "under a function transform"
     if dropout > 0:
         return "reference", "dropout of weights needs the weights"
     return "chunked", "no N x M matrix is kept, and no N x M x d one formed"
