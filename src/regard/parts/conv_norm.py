@@ -46,7 +46,10 @@ class ConvNorm(nn.Module):
         self.act = act
 
     def forward(self, x: Tensor) -> Tensor:
-        x = self.conv(x)
+        return self.finish(self.conv(x))
+
+    def finish(self, x: Tensor) -> Tensor:
+        """What follows the convolution, given its output, which may be overwritten."""
         check_batch_statistics(self.norm, x.numel() // x.shape[1], "a batch of one map with one position")
         x = self.norm(x)
         # Neither a convolution nor a BatchNorm needs its own output for its gradient; of other norms we do not know.

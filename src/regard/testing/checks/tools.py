@@ -55,6 +55,8 @@ def exports_with_free_sizes(subject: Subject) -> None:
     auto = torch.export.Dim.AUTO
     axes = range(2, inputs["x"].ndim) if subject.layout == "map" else (1,)
     shapes: dict[str, Any] = {"x": dict.fromkeys(axes, auto)}
+    if subject.layout == "map":
+        shapes = {name: dict.fromkeys(axes, auto) for name in inputs}
     if "adjacency" in inputs:
         shapes["adjacency"] = {1: auto, 2: auto}
     program = torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
@@ -73,6 +75,8 @@ def exports_with_free_sizes(subject: Subject) -> None:
 def vmap_over_weights(subject: Subject) -> None:
     """torch.func.vmap over stacked weights runs an ensemble, equal to its members one by one."""
     members = [subject.build(seed=s) for s in (0, 1, 2)]
+    if not members[0].state_dict():
+        raise NotApplicable("has no weights")
     params, buffers = torch.func.stack_module_state(members)  # type: ignore[arg-type]
     inputs = subject.inputs()
     base = copy.deepcopy(members[0]).to("meta")
