@@ -37,9 +37,43 @@ def project_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Te
 
 def project_to_map(rows: Tensor, linear: nn.Linear, size: tuple[int, ...]) -> Tensor:
     """The 1x1 convolution `linear` of rows (B, N, C), written as a contiguous map (B, F, *size)."""
-    matrix, columns = linear.weight.expand(rows.shape[0], -1, -1), rows.mT
-    out = torch.bmm(matrix, columns) if linear.bias is None else torch.baddbmm(linear.bias[:, None], matrix, columns)
-    return out.unflatten(2, size)
+    return project_columns(rows.mT, linear.weight, linear.bias).unflatten(2, size)
+
+
+def project_columns(columns: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """The 1x1 convolution `weight` (F, C), `bias` (F) of columns (B, C, N): contiguous (B, F, N), whatever the strides of `columns`."""
+    matrix = weight.expand(columns.shape[0], -1, -1)
+    return torch.bmm(matrix, columns) if bias is None else torch.baddbmm(bias[:, None], matrix, columns)
+
+
+def project_gather(columns: Tensor, maps: Tensor, weight: Tensor | None = None) -> Tensor:
+    """Descriptors of a map: its columns (B, C, N), projected by `weight` (F, C), summed with each of `maps` (B, S, N): (B, F, S).
+
+    The projection comes first or last, whichever is fewer products: it commutes with the sum.
+    """
+    if weight is None:
+        return torch.bmm(columns, maps.mT)
+    if _projects_descriptors(weight.shape[1], weight.shape[0], maps.shape[1]):
+        return project_columns(torch.bmm(columns, maps.mT), weight)
+    return torch.bmm(project_columns(columns, weight), maps.mT)
+
+
+def project_distribute(descriptors: Tensor, maps: Tensor, weight: Tensor | None = None, onto: Tensor | None = None) -> Tensor:
+    """The way back: every position's mixture (B, F, N), by `maps` (B, S, N), of descriptors (B, C, S), projected by `weight` (F, C).
+
+    `onto` (B, F, N) is added. The projection comes first or last, whichever is fewer products.
+    """
+    if weight is not None and not _projects_descriptors(weight.shape[0], weight.shape[1], maps.shape[1]):
+        mixed = project_columns(torch.bmm(descriptors, maps), weight)
+        return mixed if onto is None else onto + mixed
+    if weight is not None:
+        descriptors = project_columns(descriptors, weight)
+    return torch.bmm(descriptors, maps) if onto is None else torch.baddbmm(onto, descriptors, maps)
+
+
+def _projects_descriptors(outer: int, inner: int, count: int) -> bool:
+    """Whether the map of `outer` channels meets `count` descriptors at once, without passing `inner` channels on the way."""
+    return outer * count <= inner * (outer + count)
 
 
 def project_last(x: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
