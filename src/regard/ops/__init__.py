@@ -3,3 +3,7 @@
 A folder is one operation. `api.py` checks and chooses, `reference.py` is the truth in plain torch, other files are faster ways to the same
 numbers and never import one another.
 """
+
+from .deformable_weights import deformable_attention_weights
+
+__all__ = ["deformable_attention_weights"]
