@@ -11,17 +11,13 @@ dropped. Masked keys get -inf, not the code's -10000. Not in the paper: any N, w
 from typing import ClassVar, Literal
 
 import torch
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...card import Card, Paper
-from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, rename
 from ...ops.softmax_attention.hypercube import HypercubePattern, hypercube_layout, nip
-from ...ops.softmax_attention.patterns import sparse_attend, sparse_weights
-from ...parts.heads import head_width, merge_heads, split_heads
-from ...validate import check_bool, check_broadcastable, check_mask, check_tokens
+from ...parts.pattern_attention import PatternAttention
 
 
 def _nip(max_layers: int = 64, **graphs: Tensor) -> dict[str, Tensor]:
@@ -36,7 +32,7 @@ def _nip(max_layers: int = 64, **graphs: Tensor) -> dict[str, Tensor]:
     return out
 
 
-class HypercubeAttention(Mechanism):
+class HypercubeAttention(PatternAttention, Mechanism):
     """Args:
     dim: width of the input and the output.
     num_heads, head_dim: number of heads and width of each; head_dim=None means dim // num_heads.
@@ -95,63 +91,6 @@ class HypercubeAttention(Mechanism):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_width(dim, num_heads, head_dim)
-        require(0.0 <= dropout < 1.0, "dropout={} must be in [0, 1)", dropout)
-        self.block_size, self.qkv_bias, self.out_bias, self.dropout = block_size, qkv_bias, out_bias, dropout
-        self.allowed = HypercubePattern(block_size)
-        dd = {"device": device, "dtype": dtype}
-        width = num_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.k_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.v_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.out_proj = nn.Linear(width, dim, out_bias, **dd)
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n dim"],
-        context: None = None,
-        *,
-        key_mask: Bool[Tensor, "b n"] | None = None,
-        attn_mask: Bool[Tensor, "#b #h n n"] | None = None,
-        return_weights: bool = False,
-    ) -> Float[Tensor, "b n dim"] | tuple[Tensor, Tensor]:
-        """Attend within `x`, over the pairs that the cube and the masks allow.
-
-        Returns (B, N, dim), or that and the weights, dense, (B, H, N, N).
-        """
-        require(context is None, "hypercube attends within x: it takes no context")
-        self._check(x, key_mask, attn_mask)
-        q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        dropout = self.dropout if self.training else 0.0
-        out = sparse_attend(q, k, v, self.allowed, dropout=dropout, key_mask=key_mask, attn_mask=attn_mask)
-        out = self.out_proj(merge_heads(out))
-        return (out, self.weights(x, key_mask=key_mask, attn_mask=attn_mask)) if return_weights else out
-
-    def weights(
-        self,
-        x: Tensor,
-        context: None = None,
-        *,
-        queries: Tensor | None = None,
-        key_mask: Tensor | None = None,
-        attn_mask: Tensor | None = None,
-    ) -> Float[Tensor, "b h r n"]:
-        """The weights of R chosen positions alone, dense; of all if None."""
-        require(context is None, "hypercube attends within x: it takes no context")
-        self._check(x, key_mask, attn_mask)
-        q = split_heads(self.q_proj(x if queries is None else x[:, queries]), self.num_heads)
-        k = split_heads(self.k_proj(x), self.num_heads)
-        return sparse_weights(q, k, self.allowed, queries=queries, key_mask=key_mask, attn_mask=attn_mask)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """The core alone, on (B, H, N, d)."""
-        return sparse_attend(q, k, v, self.allowed, key_mask=key_mask)
-
-    def _check(self, x: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> None:
-        check_tokens(x, self.dim)
-        b, n, _ = x.shape
-        check_mask(key_mask, b, n)
-        if attn_mask is not None:
-            check_bool(attn_mask, "attn_mask")
-            check_broadcastable(attn_mask, (b, self.num_heads, n, n), "attn_mask")
+        options = {"qkv_bias": qkv_bias, "out_bias": out_bias}
+        super().__init__(dim, num_heads, head_dim, HypercubePattern(block_size), **options, dropout=dropout, device=device, dtype=dtype)
+        self.block_size = block_size

@@ -12,15 +12,12 @@ A0 of strided without order is |i - j| < l; any N.
 
 from typing import ClassVar, Literal
 
-from jaxtyping import Bool, Float
-from torch import Tensor, nn
-
 from ...card import Card, Paper
-from ...errors import require
 from ...mechanism import Mechanism
-from ...ops.softmax_attention.patterns import SparsePattern, sparse_attend, sparse_pattern, sparse_weights
-from ...parts.heads import head_width, init_projections_, merge_heads, split_heads
-from ...validate import check_bool, check_broadcastable, check_divisible, check_mask, check_tokens
+from ...ops.softmax_attention.patterns import SparsePattern, sparse_pattern
+from ...parts.heads import init_projections_
+from ...parts.pattern_attention import PatternAttention
+from ...validate import check_divisible
 
 # Keys that a query meets, as the block form multiplies them: windows of 32 queries over the band; whole blocks; the summaries of earlier blocks, for
 # 16 groups of blocks.
@@ -31,7 +28,7 @@ _EARLIER = f"(({_T} - 1)*({_T} - 1 + ceil(({_T} - 1)/16))/2 + {_T}*(head_mode !=
 _FAR = f"({_L}/N*({_T}**2 if pattern == 'strided' else summary*({_EARLIER} if causal else {_T}**2)))"
 
 
-class SparseAttention(Mechanism):
+class SparseAttention(PatternAttention, Mechanism):
     """Args:
     dim: width of the input and the output.
     num_heads, head_dim: number of heads and width of each; head_dim=None means dim // num_heads.
@@ -96,62 +93,12 @@ class SparseAttention(Mechanism):
         device=None,
         dtype=None,
     ) -> None:
-        super().__init__()
-        self.dim, self.num_heads, self.head_dim = dim, num_heads, head_width(dim, num_heads, head_dim)
         check_divisible(num_heads, num_stripes, "num_heads", "num_stripes")
-        require(0.0 <= dropout < 1.0, "dropout={} must be in [0, 1)", dropout)
+        allowed = SparsePattern(pattern, stride, summary, num_stripes, head_mode, layer_index, causal)
+        biases = {"qkv_bias": qkv_bias, "out_bias": out_bias}
+        super().__init__(dim, num_heads, head_dim, allowed, **biases, dropout=dropout, device=device, dtype=dtype)
         self.pattern, self.stride, self.summary, self.num_stripes = pattern, stride, summary, num_stripes
         self.head_mode, self.layer_index, self.causal = head_mode, layer_index, causal
-        self.qkv_bias, self.out_bias, self.dropout = qkv_bias, out_bias, dropout
-        self.allowed = SparsePattern(pattern, stride, summary, num_stripes, head_mode, layer_index, causal)
-        heads = [(len(range(num_heads)[group]), factors) for group, factors in self.allowed.groups()]
+        heads = [(len(range(num_heads)[group]), factors) for group, factors in allowed.groups()]
         self.near_heads, self.far_heads = (sum(count for count, factors in heads if name in factors) for name in ("A0", "A1"))
-        dd = {"device": device, "dtype": dtype}
-        width = num_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.k_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.v_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.out_proj = nn.Linear(width, dim, out_bias, **dd)
         init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
-
-    def forward(
-        self,
-        x: Float[Tensor, "b n dim"],
-        context: None = None,
-        *,
-        key_mask: Bool[Tensor, "b n"] | None = None,
-        attn_mask: Bool[Tensor, "#b #h n n"] | None = None,
-        return_weights: bool = False,
-    ) -> Float[Tensor, "b n dim"] | tuple[Tensor, Tensor]:
-        """Attend within `x`, over the pairs that the pattern and the masks allow.
-
-        Returns (B, N, dim), or that and the weights, dense, (B, H, N, N).
-        """
-        require(context is None, "sparse attends within x: it takes no context")
-        self._check(x, key_mask, attn_mask)
-        q, k, v = (split_heads(proj(x), self.num_heads) for proj in (self.q_proj, self.k_proj, self.v_proj))
-        dropout = self.dropout if self.training else 0.0
-        out = sparse_attend(q, k, v, self.allowed, dropout=dropout, key_mask=key_mask, attn_mask=attn_mask)
-        out = self.out_proj(merge_heads(out))
-        return (out, self.weights(x, key_mask=key_mask, attn_mask=attn_mask)) if return_weights else out
-
-    def weights(
-        self, x: Tensor, *, queries: Tensor | None = None, key_mask: Tensor | None = None, attn_mask: Tensor | None = None
-    ) -> Float[Tensor, "b h r n"]:
-        """The weights of R chosen positions alone, dense; of all if None."""
-        self._check(x, key_mask, attn_mask)
-        q = split_heads(self.q_proj(x if queries is None else x[:, queries]), self.num_heads)
-        k = split_heads(self.k_proj(x), self.num_heads)
-        return sparse_weights(q, k, self.allowed, queries=queries, key_mask=key_mask, attn_mask=attn_mask)
-
-    def attend(self, q: Tensor, k: Tensor, v: Tensor, *, key_mask: Tensor | None = None) -> Tensor:
-        """The core alone, on (B, H, N, d), causal as the module is."""
-        return sparse_attend(q, k, v, self.allowed, key_mask=key_mask)
-
-    def _check(self, x: Tensor, key_mask: Tensor | None, attn_mask: Tensor | None) -> None:
-        check_tokens(x, self.dim)
-        b, n, _ = x.shape
-        check_mask(key_mask, b, n)
-        if attn_mask is not None:
-            check_bool(attn_mask, "attn_mask")
-            check_broadcastable(attn_mask, (b, self.num_heads, n, n), "attn_mask")
