@@ -61,6 +61,21 @@ def cases() -> list[Case]:
     out += [Case("criss_cross", {"recurrence": 1}, s, target_both=1.3) for s in MAPS]
     out += [Case("halo", halo, s, floor_forward=1.7, floor_both=1.0, target_both=2.0) for s in MAPS]
     out += [Case("carafe", {}, s, floor_both=5.0, floor_memory=3.0) for s in MAPS]
+    out += [Case(id, {}, s, **equal) for id in ("sk", "split", "sc_conv", "spp", "ppm", "adaptive_context") for s in MAPS]
+    out += [Case("bam", {}, s, **equal, target_both=2.0) for s in MAPS]
+    out += [Case("position", {}, MAPS[0], floor_both=1.8, floor_memory=10.0), Case("position", {}, MAPS[1], **equal)]
+    heads = {"out_channels": 19, "dropout": 0.0}
+    out += [Case("dual", {**heads, "hidden_channels": 64}, MAPS[0], floor_both=1.8, floor_memory=10.0)]
+    out += [Case("dual", {**heads, "hidden_channels": 256}, MAPS[1], **equal)]
+    out += [Case("sagan", {}, s, **equal, target_both=1.5) for s in MAPS]
+    out += [Case("double", {}, s, **equal, target_both=2.0) for s in MAPS]
+    out += [Case("cgnl", {"zero_init": False}, s, **equal, target_both=2.0) for s in MAPS]
+    out += [Case("cgnl", {"zero_init": False, "kernel": "rbf"}, s, **equal) for s in MAPS]
+    out += [Case("glore", {"zero_init": False, "normalize": True}, s, **equal) for s in MAPS]
+    out += [Case("spygr", {"hidden_channels": 16}, s, **equal) for s in MAPS]
+    out += [Case("asymmetric_non_local", {"zero_init": False, "dropout": 0.0}, s, **equal) for s in MAPS]
+    out += [Case("generalized", {}, s, **equal) for s in MAPS]
+    out += [Case("channel_affinity", {}, s, **equal) for s in MAPS]
     out += [Case("sparse", {**tokens, "stride": 64}, (2, 4096, 256), floor_both=4.0), Case("sparse", {**tokens, "stride": 64}, (2, 1024, 256))]
     local = {**tokens, "pattern": "local", "stride": 128}
     out += [Case("sparse", local, (2, n, 256), target_both=2.0) for n in (1024, 4096, 8192)]
@@ -125,6 +140,8 @@ def measure(case: Case, seconds: float) -> Iterator[Row]:
         if parameter.numel() == 1:
             parameter.data.fill_(0.5)
     x = torch.randn(case.shape)
+    if case.id == "channel_affinity":
+        x = 0.1 * x  # its scores are unscaled sums over all positions: unit inputs leave one weight of 1 and only rounding to compare
     for name, build in PEERS[case.id].items():
         peer = build(ours)
         if peer is None:
