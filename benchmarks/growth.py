@@ -4,8 +4,8 @@
     python benchmarks/growth.py luna gau --dry
 
 One sample of width 256 with 8 heads; each point is the median of several forward + backward passes, the peak of the allocator's events in one of
-them, and the FLOPs counted without data. The exponents are log2 of what doubling the length to the longest one measured costs. A mechanism stops
-at the length where one pass takes longer than `--limit` seconds.
+them, and the FLOPs counted without data. The exponents are the powers of the length between the two longest ones measured. A mechanism stops at
+the length where one pass takes longer than `--limit` seconds, and is timed there once.
 """
 
 import argparse
@@ -31,7 +31,7 @@ from regard.files import write_whole
 from regard.workbench.measure import cpu_name, peak_bytes
 
 MEASURED = Path(__file__).parents[1] / "docs" / "measured"
-LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
+LENGTHS = (1024, 4096, 16384)
 TOKENS = {"dim": 256, "num_heads": 8}
 
 
@@ -100,7 +100,7 @@ def measure(ids: list[str], lengths: tuple[int, ...], limit: float) -> Iterator[
                 times, start = [], time.perf_counter()
                 passes(module, x)
                 warm = time.perf_counter() - start
-                while len(times) < (3 if warm > 1 else 7):
+                while warm <= limit and len(times) < (3 if warm > 0.3 else 7):
                     begin = time.perf_counter()
                     passes(module, x)
                     times.append(time.perf_counter() - begin)
@@ -109,15 +109,16 @@ def measure(ids: list[str], lengths: tuple[int, ...], limit: float) -> Iterator[
                     build(id, options).to("meta")(torch.empty_like(x, device="meta"))
                 said = {key: "N" if value == n else value for key, value in options.items() if value is not None and key != "grid_size"}
                 shown = ", ".join(f"{key}={value}" for key, value in said.items())
-                yield Point(id, shown, n, 1e3 * statistics.median(times), peak, counter.get_total_flops() / 1e9)
+                yield Point(id, shown, n, 1e3 * (statistics.median(times) if times else warm), peak, counter.get_total_flops() / 1e9)
                 if warm > limit:
                     break
 
 
 def exponents(points: list[Point]) -> dict[str, float]:
-    """log2 of what the last doubling costs."""
+    """The powers of the length between the last two points."""
     a, b = points[-2:]
-    return {name: math.log2(getattr(b, name) / max(getattr(a, name), 1e-12)) for name in ("ms", "mb", "gflops") if getattr(a, name) > 0}
+    steps = math.log2(b.length / a.length)
+    return {name: math.log2(getattr(b, name) / getattr(a, name)) / steps for name in ("ms", "mb", "gflops") if getattr(a, name) > 0}
 
 
 def write(points: list[Point], about: str) -> None:
