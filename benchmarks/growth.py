@@ -1,7 +1,7 @@
 """How time, memory and counted work grow with length, for every mechanism of sequences and sets.
 
     python benchmarks/growth.py                 # some minutes on two quiet cores; writes docs/measured/growth.{csv,md,svg}
-    python benchmarks/growth.py luna gau --dry
+    python benchmarks/growth.py luna gau        # these anew, the others as they stand in growth.csv; with --dry printed alone
 
 One sample of width 256 with 8 heads; each point is the median of several forward + backward passes, the peak of the allocator's events in one of
 them, and the FLOPs counted without data. The exponents are the powers of the length between the two longest ones measured. A mechanism stops at
@@ -67,7 +67,7 @@ def options_of(id: str, n: int) -> list[dict[str, Any]]:
         "synthesizer": [{"max_len": n}, {"max_len": n, "mode": "factorized_random"}],
         "ripple": [{"grid_size": grid(n)}],
         "masked_linear": [{"max_len": n}, {"mask": "none", "causal": True}],
-        "context_pool": [{}, {"window": 64}],
+        "context_pool": [{"num_heads": None}, {"num_heads": None, "window": 64}],
         "vars": [{"variant": "d"}],
         "luong_global": [{"num_heads": None}],
         "luong_local": [{"num_heads": None}],
@@ -112,6 +112,13 @@ def measure(ids: list[str], lengths: tuple[int, ...], limit: float) -> Iterator[
                 yield Point(id, shown, n, 1e3 * (statistics.median(times) if times else warm), peak, counter.get_total_flops() / 1e9)
                 if warm > limit:
                     break
+
+
+def stored() -> list[Point]:
+    """What growth.csv holds."""
+    path = MEASURED / "growth.csv"
+    rows = csv.DictReader(path.open()) if path.exists() else []
+    return [Point(r["id"], r["options"], int(r["length"]), float(r["ms"]), float(r["mb"]), float(r["gflops"])) for r in rows]
 
 
 def exponents(points: list[Point]) -> dict[str, float]:
@@ -177,12 +184,13 @@ def main() -> None:
     ids = options.ids or [id for layout in ("sequence", "set") for id in regard.ids(layout=layout) if id not in skipped]
     day = time.strftime("%Y-%m-%d", time.gmtime())
     about = f"`python benchmarks/growth.py` on {cpu_name()}, {options.threads} threads, torch {torch.__version__}, {day}."
-    points = []
+    points: list[Point] = []
     for point in measure(ids, tuple(int(n) for n in options.lengths.split(",")), options.limit):
         points.append(point)
         print(f"{point.id:14} {point.options:34} {point.length:6} {point.ms:10.2f} ms {point.mb:9.1f} MB {point.gflops:9.2f} GFLOP", flush=True)
     if not options.dry:
-        write(points, about)
+        kept = [point for point in stored() if options.ids and point.id not in ids]
+        write(sorted(points + kept, key=lambda point: point.id), about)
 
 
 if __name__ == "__main__":

@@ -22,7 +22,7 @@ CAPABILITIES: Mapping[str, str] = MappingProxyType(
         "mask": "takes `mask` (batch, elements), True = a real element",
         "weights": "returns its attention weights: `return_weights=True`",
         "rows": "`regard.attend_rows` gives the weights of chosen positions at a cost linear in the number of keys",
-    "row_stochastic": "the returned weights are non-negative and sum to one over the last axis",
+        "row_stochastic": "the returned weights are non-negative and sum to one over the last axis",
         "linear": "time and memory grow linearly in the number of positions",
         "step": "runs one position at a time: `init_state` and `step`",
         "qkv_core": "`attend(q, k, v)` is the mechanism as a function of queries, keys and values",

@@ -54,7 +54,15 @@ def attend(
 
 
 def attend_key_bias(
-    q: Tensor, k: Tensor, v: Tensor, key_bias: Tensor, *, scale: float | None = None, mask: Tensor | None = None, causal: bool = False, dropout: float = 0.0
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    key_bias: Tensor,
+    *,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    dropout: float = 0.0,
 ) -> Tensor:
     """softmax(scale q k^T + b) v with one number b for each key, carried as one more channel: no N x M bias is stored.
 
