@@ -31,12 +31,12 @@ def tokens_of(text: str, length: int, folder: Path | None = None) -> Tensor:
     tokenizer.no_truncation()
     tokenizer.no_padding()
     ids = torch.tensor(tokenizer.encode(text, add_special_tokens=False).ids)
-    first, last = (int(tokenizer.token_to_id(word)) for word in ("[CLS]", "[SEP]"))
+    numbers = tokenizer.get_vocab()
     inside = length - 2
     if not 0 < inside <= min(len(ids), LONGEST - 2):
         raise RegardError(f"length={length} must be from 3 to {LONGEST}, and the text has {len(ids)} tokens")
     rows = ids[: len(ids) // inside * inside].view(-1, inside)
-    ends = [rows.new_full((len(rows), 1), number) for number in (first, last)]
+    ends = [rows.new_full((len(rows), 1), number) for number in (numbers["[CLS]"], numbers["[SEP]"])]
     return torch.cat((ends[0], rows, ends[1]), 1)
 
 
