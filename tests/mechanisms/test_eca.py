@@ -64,4 +64,4 @@ def test_wrong_options(options, words):
 
 
 def test_prints_its_options():
-    assert "kernel_size=3, gamma=2.0, beta=1.0, padding_mode='zeros', shared=True, gate='sigmoid'" in repr(make(8))
+    assert "kernel_size=3, gamma=2.0, beta=1.0, padding_mode='zeros', shared=True, init='default', gate='sigmoid'" in repr(make(8))

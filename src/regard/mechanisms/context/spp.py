@@ -50,6 +50,7 @@ class SpatialPyramidPooling(Mechanism):
         can=frozenset({"linear"}),
         checked_against="equations",
         uncertain="The authors' MATLAB code was read for the rule of the bins, not run.",
+        place="E",
         example={"channels": 8, "pool": "mean"},
         variants=(
             {"channels": 8},
