@@ -57,3 +57,17 @@ def test_a_pixel_outside_the_map_is_answered() -> None:
 def test_a_mechanism_without_rows_is_answered() -> None:
     with pytest.raises(RegardError, match="se gives no rows"):
         regard.attend_rows(regard.create("se", channels=16), torch.randn(1, 16, 4, 4), queries=[0])
+
+
+def test_an_input_that_forward_does_not_take_is_answered() -> None:
+    block, x = regard.create("position", channels=16), torch.randn(1, 16, 4, 4)
+    with pytest.raises(TypeError, match="takes no mask; beside x it takes nothing"):
+        regard.attend_rows(block, x, queries=[0], mask=torch.ones(1, 16, dtype=torch.bool))
+
+
+@pytest.mark.parametrize("id", ["efficient", "masked_linear", "performer", "lara"])
+def test_an_input_that_the_weights_do_not_take_is_answered(id: str) -> None:
+    block, x = regard.create(id, dim=16, num_heads=2), torch.randn(1, 6, 16)
+    with pytest.raises(RegardError, match="attn_mask"):
+        regard.attend_rows(block, x, queries=[0], attn_mask=torch.ones(6, 6, dtype=torch.bool))
+    assert torch.equal(regard.attend_rows(block, x, queries=[0], attn_mask=None), regard.attend_rows(block, x, queries=[0]))

@@ -45,7 +45,7 @@ class MaskedSDPA(nn.Module):
         return self.out_proj(F.scaled_dot_product_attention(q, k, v, attn_mask=self.mask).transpose(1, 2).flatten(2))
 
 
-class _Projected(nn.Module):
+class Projected(nn.Module):
     """Our linear layers by name, and heads as the public codes cut them."""
 
     def __init__(self, ours: nn.Module, names: tuple[str, ...]) -> None:
@@ -58,7 +58,7 @@ class _Projected(nn.Module):
         return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
 
 
-class BucketedLocal(_Projected):
+class BucketedLocal(Projected):
     """local-attention: buckets of queries beside their own keys and those of the bucket before, concatenated; scores stored, masked twice."""
 
     def __init__(self, ours: nn.Module) -> None:
@@ -81,7 +81,7 @@ class BucketedLocal(_Projected):
         return self.out_proj(out.flatten(1, 2).unflatten(0, (b, -1)).transpose(1, 2).flatten(2))
 
 
-class PublicPerformer(_Projected):
+class PublicPerformer(Projected):
     """performer-pytorch: the projection repeated for every sample and head, features stored, numerator and denominator apart."""
 
     def __init__(self, ours: nn.Module) -> None:
@@ -118,7 +118,7 @@ class PublicCausalPerformer(PublicPerformer):
         return torch.cat(out, -2)
 
 
-class PublicLuna(_Projected):
+class PublicLuna(Projected):
     """fairseq-apollo: time first, heads folded into the batch, explicit softmax for pack and unpack."""
 
     def __init__(self, ours: nn.Module) -> None:
@@ -155,7 +155,7 @@ class PublicCausalLuna(PublicLuna):
         return self.out_proj(out.transpose(0, 1).contiguous().view(n, b, dim)).transpose(0, 1)
 
 
-class PublicEfficient(_Projected):
+class PublicEfficient(Projected):
     """linear-attention-transformer: two softmaxes and two einsums on (batch, heads, positions, channels)."""
 
     def __init__(self, ours: nn.Module) -> None:

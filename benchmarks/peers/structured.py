@@ -7,19 +7,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-
-class _Projected(nn.Module):
-    def __init__(self, ours: nn.Module, names: tuple[str, ...]) -> None:
-        super().__init__()
-        self.num_heads = ours.num_heads
-        for name in names:
-            setattr(self, name, copy.deepcopy(getattr(ours, name)))
-
-    def heads(self, x: Tensor) -> Tensor:
-        return x.unflatten(2, (self.num_heads, -1)).transpose(1, 2)
+from .sequence import Projected
 
 
-class FlaxTopological(_Projected):
+class FlaxTopological(Projected):
     """scenic's core on a line or a grid: the mask gathered from its parameters into N x N, features relu, eps on every entry, rows normalised."""
 
     def __init__(self, ours: nn.Module) -> None:
@@ -43,7 +34,7 @@ class FlaxTopological(_Projected):
         return self.out_proj(torch.einsum("bhnm,bhmd->bhnd", weights, v).transpose(1, 2).flatten(2))
 
 
-class DenseRipple(_Projected):
+class DenseRipple(Projected):
     """The equations written out: all pairs, each with the weight of its ring; no public code exists."""
 
     def __init__(self, ours: nn.Module) -> None:

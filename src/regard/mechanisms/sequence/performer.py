@@ -183,11 +183,7 @@ class PerformerAttention(Mechanism):
 
         `projection`, (m, d) or (H, m, d), replaces the module's own in this call.
         """
-        require(attn_mask is None, "performer never forms the pairs that attn_mask={} would hide; use key_mask or causal=True", "...")
-        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
-        n, m = x.shape[1], source.shape[1]
-        fits = not self.causal or context is None or n == m
-        require(fits, "performer with causal=True needs as many keys as queries, got {} queries and a context of {}", n, m)
+        source = self._source(x, context, key_mask, attn_mask)
         if projection is None:
             self._redraw_if_due()
         q, k, v = self._split(x, source, None)
@@ -202,10 +198,11 @@ class PerformerAttention(Mechanism):
         *,
         queries: Tensor | None = None,
         key_mask: Tensor | None = None,
+        attn_mask: Tensor | None = None,
         projection: Tensor | None = None,
     ) -> Float[Tensor, "b h r m"]:
         """The implied weights of R chosen positions of `x` alone; of all if None."""
-        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
+        source = self._source(x, context, key_mask, attn_mask)
         q, k, _ = self._split(x, source, None)
         fq, fk = self._features(q, k, self._projection(q, projection), None if key_mask is None else key_mask[:, None, :, None], self.causal)
         mask = None if key_mask is None else key_mask[:, None, None]
@@ -232,6 +229,15 @@ class PerformerAttention(Mechanism):
         if isinstance(self.kernel_fn, nn.Module):  # it may own parameters, which need gradients of their own
             return core(q, k, v, w, mask)
         return blockwise(core, q, k, v, w, mask, floats=(q.shape[2] + k.shape[2]) * self.feature_width)
+
+    def _source(self, x: Tensor, context: Tensor | None, key_mask: Tensor | None, attn_mask: Tensor | None) -> Tensor:
+        """What `x` attends to."""
+        require(attn_mask is None, "performer never forms the pairs that attn_mask={} would hide; use key_mask or causal=True", "...")
+        source = checked_source(x, context, self.dim, self.context_dim, key_mask)
+        n, m = x.shape[1], source.shape[1]
+        fits = not self.causal or context is None or n == m
+        require(fits, "performer with causal=True needs as many keys as queries, got {} queries and a context of {}", n, m)
+        return source
 
     def _projection(self, q: Tensor, given: Tensor | None) -> Tensor | None:
         w = self.projection if given is None else given

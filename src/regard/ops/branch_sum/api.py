@@ -13,8 +13,6 @@ def branch_sum(u: Tensor, weights: Tensor) -> Tensor:
     """(B, R C, H, W), the branches one after the other, and weights (B, R, C) -> (B, C, H, W)."""
     if torch.compiler.is_compiling():
         name, why = "reference", "the compiler fuses the passes itself"
-    elif torch._C._are_functorch_transforms_active():
-        name, why = "reference", "under a function transform"
     elif _dispatch.on_cpu(u) and u.dtype == weights.dtype and u.dtype in (torch.float32, torch.float64):
         name, why = "chunked", "the products stay in the cache of a CPU"
     else:

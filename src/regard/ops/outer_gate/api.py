@@ -18,8 +18,6 @@ def apply_outer_gate(x: Tensor, channel: Tensor, position: Tensor, combine: str,
     """x (1 + g) / at_zero for x (B, C, H, W)."""
     if torch.compiler.is_compiling():
         name, why = "reference", "the compiler fuses the passes itself"
-    elif torch._C._are_functorch_transforms_active():
-        name, why = "reference", "under a function transform"
     elif _dispatch.on_cpu(x) and x.dtype == channel.dtype == position.dtype and x.dtype in (torch.float32, torch.float64):
         name, why = "chunked", "the gate stays in the cache of a CPU, and only x is kept for the backward pass"
     else:
