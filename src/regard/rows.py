@@ -32,16 +32,17 @@ def attend_rows(module: Mechanism, x: Tensor, *, queries: Sequence[int] | Sequen
         RegardError: the mechanism has no such weights, or a query lies outside `x`.
     """
     require_type(isinstance(module, Mechanism), "attend_rows looks at a mechanism of regard, got {}", type(module).__name__)
-    require("rows" in module.card.capabilities(module), "{} gives no rows of weights with these options; those that do: regard.ids(can='rows')", module.card.id)
+    id, can = module.card.id, module.card.capabilities(module)
+    require("rows" in can, "{} gives no rows of weights with these options; those that do: regard.ids(can='rows')", id)
     require_type(isinstance(x, Tensor), "x must be a tensor, got {}", type(x).__name__)
     known = [name for name in inspect.signature(module.forward).parameters if name != "x" and not name.startswith("return_")]
     unknown = sorted(set(inputs) - set(known))
-    require_type(not unknown, "the forward of {} takes no {}; beside x it takes {}", module.card.id, ", ".join(unknown), ", ".join(known) or "nothing")
+    require_type(not unknown, "the forward of {} takes no {}; beside x it takes {}", id, ", ".join(unknown), ", ".join(known) or "nothing")
     inputs = {name: value for name, value in inputs.items() if value is not None}
     able = inspect.signature(module.weights).parameters
     if not any(p.kind is p.VAR_KEYWORD for p in able.values()):
         refused = sorted(set(inputs) - set(able))
-        require(not refused, "the weights of {} do not take {}; leave it out", module.card.id, ", ".join(refused))
+        require(not refused, "the weights of {} do not take {}; leave it out", id, ", ".join(refused))
     space = x.shape[2:] if getattr(module, "layout", module.card.layout) == "map" else x.shape[1:2]
     return module.weights(x, queries=_positions(queries, tuple(space)).to(x.device), **inputs)
 
