@@ -143,6 +143,21 @@ def test_deformable_convolution(k: int) -> None:
     torch.testing.assert_close(still.unflatten(2, (6, 6)), F.conv2d(x, kernel, padding=k // 2))
 
 
+@pytest.mark.parametrize("terms", ["1111", "0110", "0101"])
+def test_heads_in_turn_are_the_heads_at_once(terms: str) -> None:
+    """What keeps the tables of positions small on large maps, against all of them at once."""
+    torch.manual_seed(0)
+    block, x = module(attention_type=terms, num_heads=3), torch.randn(2, 13, 5, 7, dtype=torch.float64, requires_grad=True)
+    torch.nn.init.ones_(block.gamma)
+    results = []
+    for way in ("whole", "blocked"):
+        with regard.use_impl(blockwise=way):
+            out = block(x)
+        results.append((out, *torch.autograd.grad(out.square().sum(), [x, *block.parameters()])))
+    for whole, blocked in zip(*results, strict=True):
+        torch.testing.assert_close(blocked, whole)
+
+
 def test_wrong_calls() -> None:
     wrong = ({"attention_type": "0000"}, {"attention_type": "111"}, {"attention_type": "1121"}, {"num_heads": 14}, {"kv_stride": 0})
     for options in (*wrong, {"position_embedding_dim": 6}, {"position_embedding_dim": 0}):

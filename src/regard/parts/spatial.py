@@ -31,6 +31,8 @@ def halve_rows(rows: Tensor, size: tuple[int, ...]) -> Tensor:
 
 def project_rows(rows: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution `weight` (F, C), `bias` (F) of rows (B, N, C): contiguous (B, N, F), whatever the strides of `rows`."""
+    if _convolves(rows.mT, weight):
+        return project_columns(rows.mT, weight, bias).mT.contiguous()
     matrix = weight.mT.expand(rows.shape[0], -1, -1)
     return torch.bmm(rows, matrix) if bias is None else torch.baddbmm(bias, rows, matrix)
 
@@ -42,8 +44,16 @@ def project_to_map(rows: Tensor, linear: nn.Linear, size: tuple[int, ...]) -> Te
 
 def project_columns(columns: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """The 1x1 convolution `weight` (F, C), `bias` (F) of columns (B, C, N): contiguous (B, F, N), whatever the strides of `columns`."""
+    if _convolves(columns, weight):
+        return F.conv1d(columns, weight[:, :, None], bias)
     matrix = weight.expand(columns.shape[0], -1, -1)
     return torch.bmm(matrix, columns) if bias is None else torch.baddbmm(bias[:, None], matrix, columns)
+
+
+def _convolves(columns: Tensor, weight: Tensor) -> bool:
+    """Whether oneDNN's convolution takes `columns` as they lie and is faster than the matrix product: 1.3 to 1.6 times for so many channels."""
+    outer, inner = weight.shape
+    return on_cpu(columns) and columns.dtype == torch.float32 and columns.stride(2) == 1 and inner >= 256 and outer >= 64
 
 
 def project_gather(columns: Tensor, maps: Tensor, weight: Tensor | None = None) -> Tensor:

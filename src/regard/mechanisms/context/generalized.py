@@ -24,6 +24,7 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise
 from ...ops._precision import at_least_float32, full_precision
+from ...ops.linear_attention import blockwise
 from ...ops.separable_scores import Axis, from_blocks, separable_attention, separable_weights, span, to_blocks
 from ...ops.softmax_attention import attend
 from ...parts.gates import INITS
@@ -174,6 +175,8 @@ class GeneralizedAttention(Mechanism):
     def _general(self, x: Tensor) -> Tensor:
         rows, columns = self._axes(x, self.block)
         asked, key, value = self._embed(x)
+        if self.places == 2 and not self.block:
+            return self._project(self._everywhere(asked, key, value, rows, columns))
         queries, keys = (rows.length, columns.length), (rows.span, columns.span)
         content, asking = self._two(columns.cut_queries(rows.cut_queries(asked, 1), 2))
         q = to_blocks(content, rows, columns, queries)
@@ -184,6 +187,25 @@ class GeneralizedAttention(Mechanism):
         else:
             y = attend(q, k, v, scale=1.0)
         return self._project(from_blocks(y, rows, columns))
+
+    def _everywhere(self, asked: Tensor, key: Tensor, value: Tensor, rows: Axis, columns: Axis) -> Tensor:
+        """(B, h, w, M, d). Scores of all rows and columns of keys for all heads would be larger than all else, so heads come in turn."""
+
+        def core(q: Tensor, k: Tensor, v: Tensor, asking: Tensor, of_rows: Tensor, of_columns: Tensor) -> Tensor:
+            with full_precision(asking):
+                at = asking.unflatten(2, (rows.n, columns.n))
+                row, column = torch.einsum("bmijd,misd->bmijs", at, of_rows[0]), torch.einsum("bmijd,mjsd->bmijs", at, of_columns[0])
+                return separable_attention(q, k, v, row.flatten(2, 3), column.flatten(2, 3))
+
+        content, asking = self._two(asked)
+        q, k, v, asking = (t.flatten(1, 2).transpose(1, 2) for t in (content, key, value, asking.to(at_least_float32(asked))))
+        with full_precision(asked):
+            relative = (
+                self._relative(fc, axis, axis.queries(q.device), axis.keys(q.device), asking).permute(2, 0, 1, 3)[None]
+                for fc, axis in ((self.appr_geom_fc_y, rows), (self.appr_geom_fc_x, columns))
+            )
+            y = blockwise(core, q, k, v, asking, *relative, floats=2 * q.shape[2] * (rows.m + columns.m))
+        return y.transpose(1, 2).unflatten(1, (rows.n, columns.n))
 
     def _same(self, x: Tensor) -> Tensor:
         """Every query has the same weights: one vector, found before any projection of the keys."""
@@ -252,21 +274,26 @@ class GeneralizedAttention(Mechanism):
         given, dtype = asking.dtype, at_least_float32(asking)
         table = asking.new_zeros(1, 1)
         with full_precision(asking):
-            if fc is not None:
-                f = torch.arange(self.position_dim // 4, device=asking.device, dtype=dtype)
-                far = (queries[:, None] * self.q_stride - keys * self.kv_stride).to(dtype) * self.position_magnitude
-                angle = far[..., None] / 1000 ** (4 * f / self.position_dim)
-                embedded = torch.cat((angle.sin(), angle.cos()), -1)
-                weight = fc.weight.to(dtype).unflatten(0, (self.num_heads, -1)) * 0.5**0.5
-                if self.places == 1 and self.geom_bias is not None:
-                    fixed = torch.einsum("md,mdp->mp", self.geom_bias.to(dtype).unflatten(0, (self.num_heads, -1)), weight)
-                    table = (embedded @ fixed.mT).transpose(1, 2)
-                else:
-                    relative = (embedded @ weight.flatten(0, 1).mT).unflatten(-1, (self.num_heads, -1))
-                    table = torch.einsum("blnmd,nsmd->blnms", asking.to(dtype), relative)
+            if fc is not None and self.places == 1 and self.geom_bias is not None:
+                fixed = torch.einsum("md,mdp->mp", *(t.to(dtype).unflatten(0, (self.num_heads, -1)) for t in (self.geom_bias, fc.weight)))
+                table = (self._embedded(axis, queries, keys, dtype) @ fixed.mT).transpose(1, 2)
+            elif fc is not None:
+                table = torch.einsum("blnmd,nsmd->blnms", asking.to(dtype), self._relative(fc, axis, queries, keys, asking))
             allowed = axis.allows(queries[:, None], keys)[:, None]
             table = table.masked_fill(~allowed, torch.finfo(given).min / 4)
         return table.expand(*asking.shape[:2], -1, self.num_heads, -1)
+
+    def _relative(self, fc: Any, axis: Axis, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:
+        """What queries meet of one axis of R, (n, S, M, d)."""
+        dtype = at_least_float32(like)
+        return (self._embedded(axis, queries, keys, dtype) @ fc.weight.to(dtype).mT).unflatten(-1, (self.num_heads, -1))
+
+    def _embedded(self, axis: Axis, queries: Tensor, keys: Tensor, dtype: torch.dtype) -> Tensor:
+        """emb / sqrt(2) of the distances, (n, S, P / 2)."""
+        f = torch.arange(self.position_dim // 4, device=queries.device, dtype=dtype)
+        far = (queries[:, None] * self.q_stride - keys * self.kv_stride).to(dtype) * self.position_magnitude
+        angle = far[..., None] / 1000 ** (4 * f / self.position_dim)
+        return torch.cat((angle.sin(), angle.cos()), -1) * 0.5**0.5
 
     def _project(self, y: Tensor) -> Tensor:
         """(B, h, w, M, d) to the map (B, C, h, w)."""
