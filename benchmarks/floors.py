@@ -87,7 +87,7 @@ def cases() -> list[Case]:
         out += [Case(id, {**tokens, **extra}, (2, 1024, 256), **equal)]
         out += [Case(id, {**tokens, **extra}, (2, n, 256), **equal, target_both=2.0) for n in (4096, 8192)]
     out += [Case("efficient", tokens, (2, n, 256), **equal) for n in (1024, 4096, 8192)]
-    out += [Case("gau", {"dim": 256, "rel_pos": "t5"}, (2, 1024, 256), floor_both=1.6)]
+    out += [Case("gau", {"dim": 256, "rel_pos": "t5"}, (2, 1024, 256), floor_both=1.0, target_both=1.6)]
     out += [Case("gau", {"dim": 256, "rel_pos": "t5"}, (2, 4096, 256), floor_forward=2.5, floor_memory_forward=8.0, floor_both=1.0)]
     out += [Case("mixed_chunk", {"dim": 256}, (2, n, 256), **equal) for n in (1024, 4096, 8192)]
     out += [Case("hypercube", tokens, (2, n, 256), **equal) for n in (1024, 4096)]

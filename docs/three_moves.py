@@ -57,6 +57,8 @@ FAMILY = (
     Moves("sagan", "all", "maxima of 2 x 2 windows: N / 4 keys", "none", "plus", "each position's softmax over the keys"),
     Moves("non_local", "all", "nothing is reduced", "none", "plus", "each position's kernel over all positions"),
     Moves("position", "all", "nothing is reduced", "none", "plus", "each position's softmax over all positions"),
+    Moves("generalized", "all", "one pixel in 2 x 2: N / 4 keys", "none", "plus", "each position's softmax by content and distance"),
+    Moves("criss_cross", "all", "nothing is reduced", "none", "plus", "each position's softmax over its row and column"),
     Moves("channel_affinity", "channels", "C x C Gram matrix of the channels", "softmax of its negative", "plus", "mixes each position's channels"),
     Moves("dual", "channels", "as position, and as channel_affinity", "as both", "out", "the sum of both, in a narrower map"),
 )
