@@ -1,11 +1,12 @@
 """Replay of golden files: outputs, gradients and running statistics of the authors' code, against ours.
 
 A file is safetensors with string metadata `id`, `case`, `kwargs` (JSON), `mode`, `source`, `note` and tensors `state.*`, `input.*`, `output` or
-`output.*`, `cotangent[.*]`, `grad.*`, `grad_state.*`, `after.*`; names after `state.`, `grad_state.` and `after.` are the authors'.
+`output.*`, `cotangent[.*]`, `grad.*`, `grad_state.*`, `after.*` or `state_after.*`; names after `state.`, `grad_state.` and these are the authors'.
 """
 
 import inspect
 import json
+import re
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,6 +33,7 @@ class Golden:
     case: str
     kwargs: dict[str, Any]
     mode: str
+    note: str
     tensors: dict[str, Tensor]
 
     def group(self, prefix: str) -> dict[str, Tensor]:
@@ -80,7 +82,7 @@ def read(path: Path) -> Golden:
         raise RegardError(f"{path} is not a readable safetensors file: {error}") from None
     missing = [name for name in ("id", "case", "kwargs", "mode") if name not in meta]
     require(not missing, "{} is no golden file: its metadata lacks {}", path, missing)
-    return Golden(path, meta["id"], meta["case"], json.loads(meta["kwargs"]), meta["mode"], tensors)
+    return Golden(path, meta["id"], meta["case"], json.loads(meta["kwargs"]), meta["mode"], meta.get("note", ""), tensors)
 
 
 def verify(paths: Iterable[str | Path]) -> Iterator[Verdict]:
@@ -112,10 +114,12 @@ def _compare(golden: Golden) -> Verdict:
 
     gradients: dict[str, tuple[Tensor, Tensor]] = {}
     cotangents = golden.group("cotangent")
+    if not cotangents and golden.group("grad"):  # a loss: the gradient is that of what the function returns first
+        cotangents = {next(iter(actual)): torch.ones(())}
     if cotangents:
         gradients = _gradients(golden, module, inputs, [(actual[n], c) for n, c in cotangents.items() if n in actual])
     statistics: dict[str, tuple[Tensor, Tensor]] = {}
-    after = golden.group("after")
+    after = golden.group("after") or golden.group("state_after")
     if after:
         written = to_official(module, naming_of(module, after))
         statistics = {name: (written[name], t) for name, t in after.items()}
@@ -145,6 +149,15 @@ def _build(golden: Golden) -> tuple[nn.Module, Any]:
     kwargs = dict(golden.kwargs)
     part, function = kwargs.pop("part", None), kwargs.pop("function", None)
     kind = registry.get(golden.id)
+    if kwargs.pop("primitive", False):  # functions, one for each output, on those of the inputs and arguments that they take
+
+        def call(inputs: dict[str, Tensor], wanted: set[str]) -> dict[str, Tensor]:
+            takes = {name: inspect.signature(kind.functions[name]).parameters for name in wanted}
+            return {name: kind.functions[name](**{k: v for k, v in {**inputs, **kwargs}.items() if k in takes[name]}) for name in wanted}
+
+        return nn.Module(), call
+    if function is None and part is None and not golden.group("state"):
+        function = _function_for(kind, {*golden.group("input"), *kwargs})
     if function is not None:
         require(function in kind.functions, "{} has no function {!r}; it has {}", golden.id, function, sorted(kind.functions))
         return nn.Module(), lambda inputs, wanted: _named(kind.functions[function](**inputs, **kwargs), (), wanted)
@@ -156,10 +169,24 @@ def _build(golden: Golden) -> tuple[nn.Module, Any]:
     load_official(module, golden.group("state"))
     module.train(golden.mode == "train")
     names = getattr(module, "returns", kind.card.returns)
-    return module, lambda inputs, wanted: _replay(module, inputs, wanted, names)
+    flags = _flags(golden.note) if "mode" in inspect.signature(module.forward).parameters else {}
+    return module, lambda inputs, wanted: _replay(module, {**inputs, **flags}, wanted, names)
 
 
-def _replay(module: nn.Module, inputs: dict[str, Tensor], wanted: set[str], names: tuple[str, ...]) -> dict[str, Tensor]:
+def _function_for(kind: Any, names: set[str]) -> str | None:
+    """The function of `kind` that takes all of `names`, for a file that has no state and none of the constructor's arguments."""
+    if names & set(inspect.signature(kind).parameters):
+        return None
+    return next((name for name, function in kind.functions.items() if names <= set(inspect.signature(function).parameters)), None)
+
+
+def _flags(note: str) -> dict[str, str]:
+    """The mode in which a note says that the forward pass was run: `forward(..., mode="expected")`."""
+    found = re.search(r'forward\(\.\.\., mode="(\w+)"', note)
+    return {"mode": found[1]} if found else {}
+
+
+def _replay(module: nn.Module, inputs: dict[str, Any], wanted: set[str], names: tuple[str, ...]) -> dict[str, Tensor]:
     """Call the module, asking by `return_*` flags for what the file holds."""
     parameters = inspect.signature(module.forward).parameters
     inputs = dict(inputs)
@@ -212,7 +239,7 @@ def _gradients(golden: Golden, module: nn.Module, inputs: dict[str, Tensor], pai
     for name, expected in golden.group("grad").items():
         gradient = inputs[name].grad
         out[name] = (torch.zeros_like(expected) if gradient is None else gradient, expected)
-    wanted = golden.group("grad_state")
+    wanted = {name.removeprefix("p."): t for name, t in golden.group("grad_state").items()}
     if wanted:
         ours = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
         buffers = {name: torch.zeros_like(b) for name, b in module.named_buffers()}

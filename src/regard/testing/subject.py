@@ -56,6 +56,9 @@ class Subject:
         for name in (*_FIRST_ARGUMENT, "hidden_size", "num_heads"):
             if isinstance(self.options.get(name), int):
                 return self.options[name]
+        if hasattr(self.kind, "example_inputs"):
+            x = self.inputs(batch=1)[self.main]
+            return x.shape[self.channel_axis(x)]
         raise RegardError(f"{self.name}: options {dict(self.options)} hold none of {sorted(_FIRST_ARGUMENT)}; say the width, for example dim=32")
 
     @property
@@ -111,9 +114,32 @@ class Subject:
         return self.card.bound(check, usual, module) if self.card else usual
 
     @property
+    def names(self) -> tuple[str, ...]:
+        """What the module is called with; the first one is what the others go with."""
+        if "names" not in self._cache:
+            self._cache["names"] = tuple(self.inputs(batch=1))
+        return self._cache["names"]
+
+    @property
     def main(self) -> str:
-        """The name of the first input."""
-        return "a" if self.layout == "pair" else "x"
+        """The first input."""
+        return self.names[0]
+
+    @property
+    def operands(self) -> tuple[str, ...]:
+        """The inputs that are data: both of a pair, else the first one and a context."""
+        return self.names[:2] if self.layout == "pair" else tuple(n for n in self.names if n in (self.main, "context"))
+
+    @property
+    def hidden(self) -> str:
+        """The input whose elements a mask hides: a context that the layout does not have, or the first one."""
+        return "context" if self.layout != "map" and "context" in self.names else self.main
+
+    def channel_axis(self, x: Tensor) -> int:
+        """Tokens have channels last, maps first, and sets of maps (of a pair) after the axis of the set."""
+        if self.layout == "map" or (self.layout == "pair" and x.ndim == 4):
+            return 1
+        return 2 if self.layout == "pair" else x.ndim - 1
 
     def mask_name(self) -> str | None:
         """The argument that hides padded elements of `x` itself (or of the context, for key_mask)."""

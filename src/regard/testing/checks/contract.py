@@ -35,9 +35,9 @@ def wrong_calls_are_answered(subject: Subject) -> None:
     name, inputs = subject.main, subject.inputs()
     x = inputs[name]
     _refused(subject, {**inputs, name: x[0]}, f"{name} without its batch axis", name)
-    wide = 1 if subject.layout in ("map", "pair") and not (subject.layout == "pair" and x.ndim == 3) else 2
+    wide = subject.channel_axis(x)
     wider = torch.cat((x, x.narrow(wide, 0, 1)), wide)
-    _refused(subject, {**inputs, name: wider}, f"{name} one channel too wide", name, subject.width + 1, subject.width)
+    _refused(subject, {**inputs, name: wider}, f"{name} one channel too wide", name, x.shape[wide] + 1, x.shape[wide])
     _refused(subject, {**inputs, name: x.long()}, f"an integer {name}", name, "int64")
 
 
@@ -48,7 +48,7 @@ def wrong_masks_are_answered(subject: Subject) -> None:
     if name is None:
         raise NotApplicable("takes no mask")
     inputs = subject.inputs()
-    n = inputs["x"].shape[1]
+    n = inputs[subject.hidden].shape[1]
     _refused(subject, {**inputs, name: torch.ones(2, n)}, f"a float {name}", name, "float32")
     _refused(subject, {**inputs, name: torch.ones(2, n, dtype=torch.long)}, f"an integer {name}", name, "int64")
     _refused(subject, {**inputs, name: torch.ones(2, n + 1, dtype=torch.bool)}, f"a {name} one element too long", name, n + 1)

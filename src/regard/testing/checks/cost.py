@@ -20,7 +20,9 @@ def sizes_of(subject: Subject, inputs: Inputs) -> dict[str, int]:
     """What B, N, M, H, W of a cost formula stand for. In a pair N and M are the positions of a and b."""
     x = inputs[subject.main]
     if subject.layout == "pair" and x.ndim == 3:
-        return {"B": x.shape[0], "N": x.shape[1], "M": inputs["b"].shape[1]}
+        return {"B": x.shape[0], "N": x.shape[1], "M": inputs[subject.names[1]].shape[1]}
+    if subject.layout == "pair" and x.ndim == 5:  # sets of maps
+        return {"B": x.shape[0], "N": x.shape[1], "M": inputs[subject.names[1]].shape[1], "C": x.shape[2]}
     if subject.layout in ("map", "pair"):
         n = x.shape[2:].numel()
         other = inputs["b"].shape[2:].numel() if "b" in inputs else n
@@ -45,7 +47,7 @@ def on_meta(subject: Subject, size: Size) -> tuple[torch.nn.Module, Inputs]:
     for name, t in small.items():
         if isinstance(base, tuple):
             assert isinstance(size, tuple)
-            shape = (*t.shape[:2], *size)
+            shape = (*t.shape[:2], *size) if t.ndim == len(size) + 2 else subject.inputs(size, batch=1)[name].shape
         else:
             assert isinstance(size, int)
             shape = tuple(size if s == base else s for s in t.shape)
@@ -61,7 +63,7 @@ def cost_formula_is_what_is_counted(subject: Subject) -> None:
     module = subject.build()
     sizes: list[Size] = [{1: (40,), 2: (7, 9), 3: (3, 4, 5)}[subject.dims], {1: (96,), 2: (16, 16), 3: (4, 6, 8)}[subject.dims]]
     if subject.layout not in ("map", "pair"):
-        sizes = [48, 96, 700]
+        sizes = [48, 96, 130 if subject.layout == "structure" else 700]  # its inputs are squares of that
     for size in sizes:
         inputs = subject.inputs(size)
         counted, stated = count_flops(module, inputs), card.cost(module, **sizes_of(subject, inputs))

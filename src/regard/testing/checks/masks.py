@@ -19,7 +19,7 @@ def _masked(subject: Subject, *, padding: int, fill: float) -> tuple[str, Inputs
     noise = subject.inputs(n + padding, seed=77)
     long: Inputs = {}
     for key, value in noise.items():
-        long[key] = fill * value if key == "x" else value.clone()
+        long[key] = fill * value if key == subject.hidden else value.clone()
         index = tuple(slice(0, size) for size in short[key].shape)
         long[key][index] = short[key]
         if key == "adjacency":  # edges to padded nodes must not matter
@@ -65,16 +65,16 @@ def masked_elements_are_silent(subject: Subject) -> None:
     """No value and no gradient passes from masked elements to real ones."""
     name, _, long, n = _masked(subject, padding=4, fill=1.0)
     module = subject.build()
-    x = long["x"].clone().requires_grad_()
-    out = _valid(forward(module, {**long, "x": x}), n, n + 4)
+    x = long[subject.hidden].clone().requires_grad_()
+    out = _valid(forward(module, {**long, subject.hidden: x}), n, n + 4)
     out.square().sum().backward()
     assert x.grad is not None
     leak = x.grad[:, n:].abs().max().item()
     expect(leak == 0, "the gradient of real outputs reaches masked elements ({:.1e}): {} is ignored somewhere", leak, name)
-    changed = long["x"].clone()
+    changed = long[subject.hidden].clone()
     changed[:, n:] = 1e4
     with torch.no_grad():
-        close(_valid(forward(module, {**long, "x": changed}), n, n + 4), out, 1e-5, "real outputs after masked elements were set to 1e4")
+        close(_valid(forward(module, {**long, subject.hidden: changed}), n, n + 4), out, 1e-5, "real outputs after masked elements were set to 1e4")
 
 
 @check()
@@ -84,7 +84,7 @@ def full_mask_changes_nothing(subject: Subject) -> None:
     if name is None:
         raise NotApplicable("takes no mask")
     module, inputs = subject.build(), subject.inputs()
-    mask = torch.ones(2, inputs["x"].shape[1], dtype=torch.bool)
+    mask = torch.ones(2, inputs[subject.hidden].shape[1], dtype=torch.bool)
     with torch.no_grad():
         plain, full = forward(module, inputs), forward(module, {**inputs, name: mask})
         close(full, plain, 1e-5, f"{name} True everywhere")
@@ -103,7 +103,7 @@ def fully_masked_is_finite(subject: Subject) -> None:
     if name is None:
         raise NotApplicable("takes no mask")
     inputs = subject.inputs()
-    mask = torch.ones(2, inputs["x"].shape[1], dtype=torch.bool)
+    mask = torch.ones(2, inputs[subject.hidden].shape[1], dtype=torch.bool)
     mask[0] = False
     out, found = gradients(subject.build(), {**inputs, name: mask})
     expect(bool(out.isfinite().all()), "a fully masked sample gives values that are not finite")

@@ -36,7 +36,7 @@ def any_size(subject: Subject) -> None:
 def constant_input_is_finite(subject: Subject) -> None:
     """An input of zeros and one of ones give finite values and gradients."""
     for value in (0.0, 1.0):
-        inputs = {n: torch.full_like(t, value) if n in ("x", "a", "b") else t for n, t in subject.inputs().items()}
+        inputs = {n: torch.full_like(t, value) if n in subject.operands else t for n, t in subject.inputs().items()}
         out, found = gradients(subject.build(), inputs)
         bad = [name for name, gradient in found.items() if not gradient.isfinite().all()]
         expect(bool(out.isfinite().all()) and not bad, "a constant input of {:g} gives values or gradients that are not finite {}", value, bad)
@@ -59,7 +59,7 @@ def gradcheck_in_float64(subject: Subject) -> None:
         raise NotApplicable("by its definition no gradient flows through a part of the function")
     size = {1: (5,), 2: (3, 4), 3: (2, 2, 3)}[subject.dims] if subject.layout in ("map", "pair") else 4
     inputs = {n: t.double() if t.is_floating_point() else t for n, t in subject.inputs(size, batch=2).items()}
-    leaves = [n for n in inputs if n in ("x", "a", "b", "context")]
+    leaves = list(subject.operands)
 
     def function(*values: torch.Tensor) -> torch.Tensor:
         return forward(module, {**inputs, **dict(zip(leaves, values, strict=True))})
@@ -103,7 +103,7 @@ def bfloat16_is_close(subject: Subject) -> None:
         exact = forward(module, inputs)
         half = forward(module.bfloat16(), {n: t.bfloat16() if t.is_floating_point() else t for n, t in inputs.items()})
     expect(half.dtype == torch.bfloat16, "a bfloat16 module on a bfloat16 input returns {}", half.dtype)
-    close(half.float(), exact, 6e-2, "bfloat16 against float32")
+    close(half.float(), exact, subject.bound("bfloat16_is_close", 6e-2, module), "bfloat16 against float32")
 
 
 @check()
@@ -115,7 +115,7 @@ def autocast_trains(subject: Subject) -> None:
         out = forward(module, inputs)
     if out.requires_grad:  # without parameters there is nothing to train
         out.float().square().mean().backward()
-    close(out.detach().float(), exact, 6e-2, "autocast against float32")
+    close(out.detach().float(), exact, subject.bound("autocast_trains", 6e-2, module), "autocast against float32")
     bad = [n for n, p in module.named_parameters() if p.grad is not None and not p.grad.isfinite().all()]
     expect(not bad, "autocast gives gradients that are not finite: {}", bad)
 
@@ -201,12 +201,12 @@ def queries_matter(subject: Subject) -> None:
         raise NotApplicable("pools to a fixed number of vectors")
     if "elementwise" in subject.can:
         raise NotApplicable("scales its input, and asks nothing")
-    second = {"pair": "b", "map": "context"}.get(subject.layout)
-    other = inputs[second].requires_grad_() if second in inputs else x
+    second = subject.operands[-1]
+    other = inputs[second].requires_grad_() if second != subject.main else x
     out = forward(module, {**inputs, subject.main: x})
     if out.ndim < x.ndim:
         raise NotApplicable("pools to a vector")
-    index = (0, 0) if subject.layout not in ("map", "pair") else (0, slice(None), *(0 for _ in range(x.ndim - 2)))
+    index = (0, 0) if subject.channel_axis(x) > 1 else (0, slice(None), *(0 for _ in range(x.ndim - 2)))
     if "causal" in subject.can:
         index = (0, -1)
     gradient, elsewhere = torch.autograd.grad(out[index].square().sum(), (x, other))

@@ -49,14 +49,12 @@ def _larger(size: Any) -> Any:
 @check(compiles=True)
 def exports_with_free_sizes(subject: Subject) -> None:
     """torch.export takes the module with a free length (or height and width), and the program gives the same numbers at another size."""
-    if subject.layout == "pair":
-        raise NotApplicable("two maps of their own sizes")
+    if subject.layout in ("pair", "structure"):
+        raise NotApplicable("inputs of their own sizes")
     module, inputs = subject.build(), subject.inputs()
     auto = torch.export.Dim.AUTO
-    axes = range(2, inputs["x"].ndim) if subject.layout == "map" else (1,)
-    shapes: dict[str, Any] = {"x": dict.fromkeys(axes, auto)}
-    if subject.layout == "map":
-        shapes = {name: dict.fromkeys(axes, auto) for name in inputs}
+    axes = range(2, inputs[subject.main].ndim) if subject.layout == "map" else (1,)
+    shapes: dict[str, Any] = {name: dict.fromkeys(axes, auto) for name in inputs}
     if "adjacency" in inputs:
         shapes["adjacency"] = {1: auto, 2: auto}
     program = torch.export.export(module, (), inputs, dynamic_shapes=shapes, strict=False)
@@ -178,7 +176,8 @@ def strided_input_is_the_same(subject: Subject) -> None:
 def fast_paths_equal_the_reference(subject: Subject) -> None:
     """Every fast path equals the reference in value and gradient."""
     module = subject.build()
-    for size in (subject.size(), 300 if isinstance(subject.size(), int) else tuple(3 * s for s in subject.size())):  # type: ignore[union-attr]
+    large = 100 if subject.layout == "structure" else 300
+    for size in (subject.size(), large if isinstance(subject.size(), int) else tuple(3 * s for s in subject.size())):  # type: ignore[union-attr]
         try:
             inputs = subject.inputs(size)
             out, found = gradients(module, inputs)
