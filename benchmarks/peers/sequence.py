@@ -167,18 +167,6 @@ class PublicEfficient(Projected):
         return self.reprojection(torch.einsum("bhnd,bhde->bhne", q.softmax(-1), context).transpose(1, 2).reshape(x.shape))
 
 
-class TorchLSTM(nn.Module):
-    """nn.LSTM, one layer, batch first."""
-
-    def __init__(self, ours: nn.Module) -> None:
-        super().__init__()
-        self.lstm = nn.LSTM(ours.input_size, ours.hidden_size, batch_first=True)
-        self.lstm.load_state_dict({f"{name}_l0": value for name, value in ours.state_dict().items()})
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.lstm(x)[0]
-
-
 def _performer(ours: nn.Module) -> nn.Module:
     return (PublicCausalPerformer if ours.causal else PublicPerformer)(ours)
 
@@ -197,7 +185,6 @@ def _bucketed(ours: nn.Module) -> nn.Module | None:
 
 PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module | None]]] = {
     "efficient": {"linear-attention": PublicEfficient},
-    "lstm_cell": {"nn.LSTM": TorchLSTM},
     "luna": {"fairseq-apollo": _luna},
     "multi_head": {"nn.MultiheadAttention": TorchMultihead},
     "performer": {"performer-pytorch": _performer},

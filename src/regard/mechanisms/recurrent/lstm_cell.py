@@ -9,20 +9,17 @@ Networks", 2015. Numbers and names are those of torch.nn.LSTMCell. B batch, T st
 is not offered.
 """
 
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from ...card import Card, Paper
-from ...errors import require, require_type
+from ...errors import require
 from ...mechanism import Mechanism
-from ...official import KeyMap, Rule, rename
-from ...ops.recurrent_scan import LSTM, run, step
-from ...validate import check_floating, check_mask, check_tokens
-
-State = tuple[Tensor, Tensor]
+from ...ops.recurrent_scan import LSTM
+from ...parts.recurrent import Gates, State, add_parameters, check_sizes, keras_naming, run_sequence, run_step, torch_namings, zeros
 
 
 class LSTMCell(Mechanism):
@@ -56,20 +53,8 @@ class LSTMCell(Mechanism):
         ),
         returns=("out", "h", "c", "gates"),
     )
-    official: ClassVar = (
-        KeyMap("torch.nn.LSTMCell"),
-        KeyMap("torch.nn.LSTM", tuple(rename(f"{name}_l0", name) for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh"))),
-        KeyMap(
-            "Keras LSTM",
-            (
-                Rule(("kernel",), ("weight_ih",), lambda t, _: [t[0].mT], lambda t, _: [t[0].mT]),
-                Rule(("recurrent_kernel",), ("weight_hh",), lambda t, _: [t[0].mT], lambda t, _: [t[0].mT]),
-                Rule(("bias",), ("bias_ih", "bias_hh"), lambda t, _: [t[0], torch.zeros_like(t[0])], lambda t, _: [t[0] + t[1]]),
-            ),
-        ),
-    )
+    official: ClassVar = (*torch_namings("LSTM"), keras_naming("Keras LSTM", (0, 1, 2, 3)))
 
-    weight_ih: nn.Parameter
     weight_hh: nn.Parameter
     bias_ih: nn.Parameter
     bias_hh: nn.Parameter
@@ -88,24 +73,17 @@ class LSTMCell(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
-        require(input_size > 0, "input_size={} must be at least 1", input_size)
-        require(hidden_size > 0, "hidden_size={} must be at least 1", hidden_size)
+        check_sizes(input_size, hidden_size)
         require(forget_bias is None or bias, "forget_bias={} needs bias=True", forget_bias)
         self.input_size, self.hidden_size, self.bias, self.layer_norm = input_size, hidden_size, bias, layer_norm
         self.peephole, self.coupled, self.forget_bias = peephole, coupled, forget_bias
         self.cell = LSTM(peephole, layer_norm, coupled)
-        rows = (3 if coupled else 4) * hidden_size
-        dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        shapes = {"weight_ih": (rows, input_size), "weight_hh": (rows, hidden_size), "bias_ih": (rows,), "bias_hh": (rows,)}
-        for name, shape in shapes.items():
-            if bias or len(shape) > 1:
-                start = nn.init.uniform_(torch.empty(shape, **dd), -(hidden_size**-0.5), hidden_size**-0.5)
-                self.register_parameter(name, nn.Parameter(start))
+        add_parameters(self, bias=bias, layer_norm=layer_norm, device=device, dtype=dtype)
         for name in ("f", "o") if coupled else ("i", "f", "o"):
             if peephole:
-                self.register_parameter(f"peephole_{name}", nn.Parameter(torch.zeros(hidden_size, **dd)))
+                self.register_parameter(f"peephole_{name}", nn.Parameter(torch.zeros(hidden_size, device=device, dtype=dtype)))
         if layer_norm:
-            self.ln_ih, self.ln_hh, self.ln_c = (nn.LayerNorm(width, **dd) for width in (rows, rows, hidden_size))
+            self.ln_c = nn.LayerNorm(hidden_size, device=device, dtype=dtype)
         if forget_bias is not None:
             forget = slice(0, hidden_size) if coupled else slice(hidden_size, 2 * hidden_size)
             with torch.no_grad():
@@ -113,48 +91,24 @@ class LSTMCell(Mechanism):
 
     def init_state(self, batch_size: int) -> State:
         """Zeros, each (B, H)."""
-        like = self.weight_hh
-        return like.new_zeros(batch_size, self.hidden_size), like.new_zeros(batch_size, self.hidden_size)
+        return zeros(self, batch_size)
 
     def forward(
         self,
         x: Float[Tensor, "b t input_size"],
-        state: State | None = None,
+        state: tuple[Tensor, Tensor] | None = None,
         *,
         mask: Bool[Tensor, "b t"] | None = None,
         return_gates: bool = False,
-    ) -> tuple[Tensor, State] | tuple[Tensor, State, dict[str, Tensor]]:
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, Gates]:
         """Run over a sequence from `state` (zeros if None). A False `mask` copies the state over that step.
 
         Returns h after every step (B, T, H) and the last (h, c), or those and the gates {"i", "f", "g", "o", "c"}, each (B, T, H).
         """
-        check_floating(x)
-        width = self.input_size
-        require(x.ndim == 3, "x must be (batch, time, {}), got {}; a single time step is step(x, state)", width, tuple(x.shape))
-        check_tokens(x, width, option="input_size")
-        check_mask(mask, *x.shape[:2], name="mask")
-        start = self._state(state, x)
-        out, (h, c), gates = run(self.cell, x, start, dict(self.named_parameters()), mask=mask, gates=return_gates)
-        return (out, (h, c), gates) if return_gates else (out, (h, c))
+        return run_sequence(self, x, state, mask, return_gates)
 
     def step(
-        self, x: Float[Tensor, "b input_size"], state: State | None = None, *, return_gates: bool = False
-    ) -> tuple[Tensor, State] | tuple[Tensor, State, dict[str, Tensor]]:
+        self, x: Float[Tensor, "b input_size"], state: tuple[Tensor, Tensor] | None = None, *, return_gates: bool = False
+    ) -> tuple[Tensor, State] | tuple[Tensor, State, Gates]:
         """One time step: h and the state (h, c), or those and the gates, each (B, H)."""
-        check_floating(x)
-        width = self.input_size
-        require(x.ndim == 2, "x must be (batch, {}), got {}; a sequence is forward(x, state)", width, tuple(x.shape))
-        require(x.shape[1] == width, "x has width {} but this module was made with input_size={}", x.shape[1], width)
-        (h, c), gates = step(self.cell, x, self._state(state, x), dict(self.named_parameters()))
-        return (h, (h, c), gates) if return_gates else (h, (h, c))
-
-    def _state(self, state: State | None, x: Tensor) -> State:
-        want = (x.shape[0], self.hidden_size)
-        if state is None:
-            return x.new_zeros(want), x.new_zeros(want)
-        require_type(isinstance(state, tuple | list), "state must be the pair (h, c), got {}", type(state).__name__)
-        require(len(state) == 2, "state must be the pair (h, c), got {} tensors", len(state))
-        for name, s in zip("hc", state, strict=True):
-            check_floating(s, f"state's {name}")
-            require(tuple(s.shape) == want, "state's {} must be (batch, hidden_size) = {}, got {}", name, want, tuple(s.shape))
-        return state[0], state[1]
+        return run_step(self, x, state, return_gates)

@@ -8,19 +8,23 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import register_flop_formula
 
-from .cells import LSTM, Weights
+from .cells import Cell, Weights, free_bias
 
 aten = torch.ops.aten
 
 
-def scan(cell: LSTM, x: Tensor, state: Sequence[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
+def scan(cell: Cell, x: Tensor, state: Sequence[Tensor], weights: Weights) -> tuple[Tensor, list[Tensor]]:
     """x (B, T, I) -> h of every step (B, T, H), and the last state."""
-    flat = [weights[name] for name in ("weight_ih", "weight_hh", "bias_ih", "bias_hh") if name in weights]
+    bias = free_bias(cell, weights)
+    biases = [] if bias is None else [bias, weights["bias_hh"] if "bias_hh" in cell.recurrent() else torch.zeros_like(bias)]
+    flat = [weights["weight_ih"], weights["weight_hh"], *biases]
     if x.is_cuda:  # cuDNN wants one buffer, in this order, and else packs one itself with a warning
         buffer = torch.cat([w.flatten() for w in flat]).split([w.numel() for w in flat])
         flat = [part.view_as(w) for part, w in zip(buffer, flat, strict=True)]
     start = [s[None].contiguous() for s in state]
-    out, *last = torch._VF.lstm(x, start, flat, len(flat) == 4, 1, 0.0, torch.is_grad_enabled(), False, True)  # type: ignore[attr-defined]
+    kernel = getattr(torch._VF, cell.fused or "")  # type: ignore[attr-defined]
+    given = start if len(start) > 1 else start[0]
+    out, *last = kernel(x, given, flat, len(flat) == 4, 1, 0.0, torch.is_grad_enabled(), False, True)
     return out, [s[0] for s in last]
 
 

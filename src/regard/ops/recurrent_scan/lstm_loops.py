@@ -11,18 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from .cells import EPS, LSTM
-
-
-class _Normalised:
-    """Layer norm of a whole sequence (T, B, D), and its derivative one step at a time."""
-
-    def __init__(self, x: Tensor, weight: Tensor, bias: Tensor) -> None:
-        self.out, mean, self.rate = torch.native_layer_norm(x, x.shape[-1:], weight, bias, EPS)
-        self.unit, self.weight = (x - mean) * self.rate, weight
-
-    def back(self, grad: Tensor, t: int) -> Tensor:
-        grad, unit = grad * self.weight, self.unit[t]
-        return self.rate[t] * (grad - grad.mean(-1, keepdim=True) - unit * (grad * unit).mean(-1, keepdim=True))
+from .normalised import Normalised
 
 
 def lstm_forward(cell: LSTM, a: Tensor, state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None) -> list[Tensor]:
@@ -56,7 +45,13 @@ def lstm_forward(cell: LSTM, a: Tensor, state: Sequence[Tensor], params: Sequenc
 
 
 def lstm_backward(
-    cell: LSTM, grads: Sequence[Tensor], saved: Sequence[Tensor], state: Sequence[Tensor], params: Sequence[Tensor], mask: Tensor | None
+    cell: LSTM,
+    grads: Sequence[Tensor | None],
+    saved: Sequence[Tensor],
+    state: Sequence[Tensor],
+    params: Sequence[Tensor],
+    mask: Tensor | None,
+    carry: Sequence[Tensor],
 ) -> list[Tensor]:
     (grad_h, grad_c, grad_gates), (hs, cs, gates), width = grads, saved, state[0].shape[-1]
     names = cell.recurrent()
@@ -67,22 +62,24 @@ def lstm_backward(
     fresh = cs if mask is None else f * c_before + (1 - f if cell.coupled else first[0]) * g
     norm_c = norm_z = None
     if cell.layer_norm:
-        norm_c = _Normalised(fresh, w["ln_c.weight"], w["ln_c.bias"])
-        norm_z = _Normalised(h_before @ w["weight_hh"].mT, w["ln_hh.weight"], w["ln_hh.bias"])
+        norm_c = Normalised(fresh, w["ln_c.weight"], w["ln_c.bias"])
+        norm_z = Normalised(h_before @ w["weight_hh"].mT, w["ln_hh.weight"], w["ln_hh.bias"])
     leaving = torch.tanh(norm_c.out if norm_c else fresh)
     # Derivatives: of h by the pre-activation of o and by the normalised cell; of the cell by the other pre-activations.
     slopes = torch.cat((gates[..., : -2 * width] * (1 - gates[..., : -2 * width]), 1 - g * g, o * (1 - o)), -1)
     by_o, by_u = leaving * slopes[..., -width:], o * (1 - leaving * leaving)
     inner = torch.stack((c_before - g, 1 - f) if cell.coupled else (g, c_before, first[0]), 2)
     inner = inner * slopes[..., :-width].unflatten(-1, (-1, width))
-    slopes.mul_(grad_gates)  # from here on: what the gates' own gradients add
+    # From here on: what the gates' own gradients add.
+    slopes = torch.zeros_like(gates) if grad_gates is None else slopes.mul_(grad_gates)
     da = torch.empty_like(gates)
     parts = da.unflatten(-1, (-1, width))
     dz = torch.empty_like(gates) if cell.layer_norm else da
     du = torch.empty_like(by_u) if cell.layer_norm else by_u
-    dh, dc = torch.zeros_like(state[0]), torch.zeros_like(state[1])
+    dh, dc = carry
     for t in range(gates.shape[0] - 1, -1, -1):
-        dh, dc = dh + grad_h[t], dc + grad_c[t]
+        dh = dh if grad_h is None else dh + grad_h[t]
+        dc = dc if grad_c is None else dc + grad_c[t]
         old_h = old_c = None
         if mask is not None:
             real = mask[t, :, None]
@@ -104,8 +101,7 @@ def lstm_backward(
             dh, dc = dh + old_h, dc + old_c
     found = {"weight_hh": dz.flatten(0, 1).mT @ h_before.flatten(0, 1)}
     if norm_z and norm_c:
-        found |= {"ln_hh.weight": (da * norm_z.unit).sum((0, 1)), "ln_hh.bias": da.sum((0, 1))}
-        found |= {"ln_c.weight": (du * norm_c.unit).sum((0, 1)), "ln_c.bias": du.sum((0, 1))}
+        found |= zip(("ln_hh.weight", "ln_hh.bias", "ln_c.weight", "ln_c.bias"), (*norm_z.parameters(da), *norm_c.parameters(du)), strict=True)
     if cell.peephole:
         found |= {"peephole_o": (parts[:, :, -1] * fresh).sum((0, 1)), "peephole_f": (parts[:, :, -3] * c_before).sum((0, 1))}
         found["peephole_i"] = (parts[:, :, 0] * c_before).sum((0, 1))
