@@ -1,4 +1,4 @@
-"""Additive scores v . tanh(q + k), without a tensor of queries x keys x width."""
+"""Additive scores v . f(q + k), f tanh or ReLU, without a tensor of queries x keys x width."""
 
 from .api import additive_scores
 
