@@ -47,6 +47,7 @@ class Case:
     floor_memory_forward: float | None = None
     target_both: float | None = None
     training: bool = True
+    others: tuple[tuple[int, ...], ...] = ()  # the shapes of further inputs
 
 
 def cases() -> list[Case]:
@@ -61,6 +62,11 @@ def cases() -> list[Case]:
     out += [Case("criss_cross", {"recurrence": 1}, s, target_both=1.3) for s in MAPS]
     out += [Case("halo", halo, s, floor_forward=1.7, floor_both=1.0, target_both=2.0) for s in MAPS]
     out += [Case("carafe", {}, s, floor_both=5.0, floor_memory=3.0) for s in MAPS]
+    out += [Case("sasa", {}, s, floor_forward=9.0, floor_both=2.8, floor_memory=5.0) for s in MAPS]
+    out += [Case("local_relation", {}, s, floor_forward=1.0, **equal) for s in MAPS]
+    out += [Case("san_pairwise", {}, s, floor_forward=f, **equal, target_both=3.0) for s, f in zip(MAPS, (4.0, 1.7), strict=True)]
+    out += [Case("san_patchwise", {}, s, **equal, target_both=3.0) for s in MAPS]
+    out += [Case("dgmn", {"groups": g}, s, **equal) for g in (1, 4) for s in MAPS]
     out += [Case(id, {}, s, **equal) for id in ("sk", "split", "sc_conv", "spp", "ppm", "adaptive_context") for s in MAPS]
     out += [Case("bam", {}, s, **equal, target_both=2.0) for s in MAPS]
     out += [Case("position", {}, MAPS[0], floor_both=1.8, floor_memory=10.0), Case("position", {}, MAPS[1], **equal)]
@@ -106,7 +112,22 @@ def cases() -> list[Case]:
     out += [Case(id, {**tokens, **extra}, (2, n, 256), **equal) for id, extra in causal for n in (1024, 4096)]
     out += [Case(id, {"dim": 256}, (2, 1024, 256), **equal) for id in ("luong_global", "luong_local")]
     out += [Case("luong_global", {"dim": 256, "score": "concat"}, (2, 256, 256), **equal)]
-    out += [Case("lstm_cell", {"input_size": 256, "hidden_size": 256}, (8, 256, 256))]
+    out += [Case("ban", {"v_dim": 2048, "q_dim": 512, "glimpses": 4, "dropout": (0.0, 0.0)}, (8, 36, 2048), **equal, others=((8, 14, 512),))]
+    out += [Case("cross_attention_few_shot", {}, (2, 5, 512, 6, 6), **equal, others=((2, 15, 512, 6, 6),))]
+    out += [Case("feature_bank", {"dim": 2048, "dropout": 0.0}, (8, 4, 2048), floor_forward=1.0, **equal, others=((8, 300, 2048),))]
+    out += [Case("context_transformer", {"dim": 60, "num_novel": 20}, (1, 11620, 60), floor_forward=1.0, **equal, others=((1, 1500, 60),))]
+    caption = {"context_dim": 512, "query_dim": 512}
+    for id, extra in (("soft_attention", {"activation": "relu", "gate": "vector"}), ("soft_attention", {}), ("hard_attention", {})):
+        out += [Case(id, {**caption, **extra}, (8, 20, 512), **equal, training=id == "soft_attention", others=((8, 196, 512),))]
+    cell = {"input_size": 256, "hidden_size": 256}
+    out += [Case("rnn_cell", {**cell, "nonlinearity": a}, (8, 256, 256), floor_forward=1.0, **equal) for a in ("tanh", "relu")]
+    out += [Case(id, cell, (8, 256, 256), floor_forward=1.0, **equal) for id in ("gru_cell", "lstm_cell")]
+    edges, msa = (1, 128, 128, 128), (1, 64, 128, 256)
+    triangle = {"floor_forward": 1.2, "floor_memory_forward": 2.0, **equal}
+    out += [Case("evoformer", {"part": "triangle_attention", "mode": m}, edges, **triangle) for m in ("starting", "ending")]
+    out += [Case("evoformer", {"part": p}, edges, **equal) for p in ("triangle_multiplication", "pair_transition")]
+    out += [Case("evoformer", {"part": p}, msa, **equal) for p in ("msa_column", "outer_product_mean", "msa_transition")]
+    out += [Case("evoformer", {"part": "msa_row"}, msa, **equal, others=(edges,))]
     return out
 
 
@@ -115,6 +136,7 @@ class Row:
     """What one comparison of one pass gave."""
 
     id: str
+    options: str
     peer: str
     size: str
     run: str
@@ -135,25 +157,27 @@ def first(result: object) -> Tensor:
 
 def measure(case: Case, seconds: float) -> Iterator[Row]:
     torch.manual_seed(0)
-    ours = regard.create(case.id, **({"channels": case.shape[1]} if len(case.shape) == 4 else {}), **case.options)
+    maps = regard.card(case.id).layout == "map"
+    ours = regard.create(case.id, **({"channels": case.shape[1]} if maps else {}), **case.options)
     for parameter in ours.parameters():  # a zero gain would hide a difference
         if parameter.numel() == 1:
             parameter.data.fill_(0.5)
     x = torch.randn(case.shape)
     if case.id == "channel_affinity":
         x = 0.1 * x  # its scores are unscaled sums over all positions: unit inputs leave one weight of 1 and only rounding to compare
+    inputs = (x, *(torch.randn(shape) for shape in case.others))
     for name, build in PEERS[case.id].items():
         peer = build(ours)
         if peer is None:
             continue
         models = (ours.train(case.training), peer.train(case.training))
-        outputs = [first(model(x)) for model in models]
+        outputs = [first(model(*inputs)) for model in models]
         torch.testing.assert_close(outputs[0], outputs[1], rtol=1e-4, atol=1e-5 * outputs[1].abs().max().item())
         cotangent = torch.randn_like(outputs[0])
         del outputs
-        passes: dict[str, Callable[[nn.Module], None]] = {"forward": lambda model: forward(model, x)}
+        passes: dict[str, Callable[[nn.Module], None]] = {"forward": lambda model: forward(model, inputs)}
         if case.training:
-            passes["forward+backward"] = lambda model, cotangent=cotangent: both(model, x, cotangent)
+            passes["forward+backward"] = lambda model, cotangent=cotangent: both(model, inputs, cotangent)
         for run, call in passes.items():
             times = interleaved([lambda model=model, call=call: call(model) for model in models], seconds)
             peaks = [peak_bytes(lambda model=model, call=call: call(model), x.device) / 1e6 for model in models]
@@ -164,20 +188,22 @@ def measure(case: Case, seconds: float) -> Iterator[Row]:
             wanted.append(f"target {case.target_both:g}x" if case.target_both and run != "forward" else "")
             held = faster >= EQUAL * (floor or 0) and leaner >= EQUAL * (memory or 0)
             met = "" if not (floor or memory) else "yes" if held else "no"
-            size = "x".join(map(str, case.shape))
+            size = " ".join("x".join(map(str, shape)) for shape in (case.shape, *case.others))
             largest = max(allocations(lambda call=call, mine=models[0]: call(mine))) / 1e6
-            yield Row(case.id, name, size, run, times[0], times[1], faster, peaks[0], peaks[1], leaner, largest, ", ".join(filter(None, wanted)), met)
+            given = " ".join(f"{k}={v}" for k, v in case.options.items())
+            figures = (times[0], times[1], faster, peaks[0], peaks[1], leaner, largest)
+            yield Row(case.id, given, name, size, run, *figures, ", ".join(filter(None, wanted)), met)
 
 
-def forward(model: nn.Module, x: Tensor) -> None:
+def forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
     with torch.no_grad():
-        model(x)
+        model(*inputs)
 
 
-def both(model: nn.Module, x: Tensor, cotangent: Tensor) -> None:
-    x = x.detach().requires_grad_()
+def both(model: nn.Module, inputs: tuple[Tensor, ...], cotangent: Tensor) -> None:
+    inputs = tuple(t.detach().requires_grad_() for t in inputs)
     wanted = [p for p in model.parameters() if p.requires_grad]
-    torch.autograd.grad(first(model(x)), [x, *wanted], cotangent, allow_unused=True)
+    torch.autograd.grad(first(model(*inputs)), [*inputs, *wanted], cotangent, allow_unused=True)
 
 
 def interleaved(calls: list[Callable[[], None]], seconds: float) -> list[float]:
@@ -203,10 +229,12 @@ def write(rows: list[Row], about: str) -> None:
         for row in rows:
             writer.writerow([f"{v:.4g}" if isinstance(v, float) else v for v in asdict(row).values()])
     os.replace(temporary, MEASURED / "floors.csv")
-    lines = ["| id | beside | size | pass | ours ms | its ms | faster | ours MB | its MB | leaner | largest MB | floor | held |", "| --- " * 13 + "|"]
+    head = "id | options | beside | size | pass | ours ms | its ms | faster | ours MB | its MB | leaner | largest MB | floor | held"
+    lines = [f"| {head} |", "| --- " * (head.count("|") + 1) + "|"]
     for r in rows:
-        cells = (r.id, r.peer, r.size, r.run, f"{r.ours_ms:.3g}", f"{r.peer_ms:.3g}", f"**{r.faster:.2f}x**", f"{r.ours_mb:.3g}", f"{r.peer_mb:.3g}")
-        lines.append("| " + " | ".join((*cells, f"{r.leaner:.2f}x", f"{r.largest_mb:.3g}", r.floor, r.held)) + " |")
+        cells = (r.id, r.options, r.peer, r.size, r.run, f"{r.ours_ms:.3g}", f"{r.peer_ms:.3g}", f"**{r.faster:.2f}x**")
+        memory = (f"{r.ours_mb:.3g}", f"{r.peer_mb:.3g}", f"{r.leaner:.2f}x", f"{r.largest_mb:.3g}")
+        lines.append("| " + " | ".join((*cells, *memory, r.floor, r.held)) + " |")
     text = (MEASURED / "floors.head.md").read_text() if (MEASURED / "floors.head.md").exists() else "# Measured\n"
     temporary = MEASURED / "README.tmp"
     temporary.write_text(f"{text}\n{about}\n\n" + "\n".join(lines) + "\n")
@@ -235,7 +263,7 @@ def main() -> None:
         for row in measure(case, options.seconds):
             rows.append(row)
             print(
-                f"{row.id:12} {row.peer:22} {row.size:12} {row.run:17} {row.ours_ms:9.3f} {row.peer_ms:9.3f} ms {row.faster:6.2f}x"
+                f"{row.id:12} {row.options:24} {row.peer:22} {row.size:12} {row.run:17} {row.ours_ms:9.3f} {row.peer_ms:9.3f} ms {row.faster:6.2f}x"
                 f" {row.ours_mb:8.1f} {row.peer_mb:8.1f} MB {row.leaner:6.2f}x  {row.largest_mb:6.1f}  {row.floor:24} {row.held}",
                 flush=True,
             )

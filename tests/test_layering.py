@@ -24,3 +24,14 @@ def test_planted_imports_are_caught(tmp_path: Path) -> None:
     assert done.returncode == 1
     assert "Layers: each imports only what stands below it BROKEN" in done.stdout
     assert "Mechanisms do not import one another BROKEN" in done.stdout
+
+
+def test_local_mechanisms_cut_no_windows_themselves() -> None:
+    """Their windows are those of ops/local_window and ops/deform: no copy of a neighbourhood, no gather, no sampling stands in their files."""
+    files = [file for file in (ROOT / "src" / "regard" / "mechanisms" / "local").glob("*.py") if file.name != "__init__.py"]
+    assert len(files) == 7
+    for file in files:
+        text = file.read_text()
+        assert "ops.local_window import" in text, file.name
+        own = [word for word in (".unfold(", "F.unfold", "nn.Unfold", "as_strided", "grid_sample", ".gather(", ".roll(") if word in text]
+        assert not own, (file.name, own)
