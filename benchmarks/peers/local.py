@@ -70,4 +70,61 @@ class UnfoldCarafe(nn.Module):
         return torch.einsum("bkhw,bckhw->bchw", weights, x.view(batch, channels, -1, height * self.s, width * self.s))
 
 
-PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module]]] = {"halo": {"timm": TimmHalo}, "carafe": {"unfold": UnfoldCarafe}}
+class UnfoldSasa(nn.Module):
+    """The paper's layer as the public codes go about it (convolve a padded map, unfold keys and values), with the sum over each head they lack."""
+
+    def __init__(self, ours: Any) -> None:
+        super().__init__()
+        self.k, self.heads = ours.kernel_size, ours.num_heads
+        groups = ours.weight_query.groups
+        self.weight_query, self.weight_key, self.weight_value = (
+            nn.Conv2d(ours.channels, ours.out_channels, 1, groups=groups, bias=False) for _ in range(3)
+        )
+        self.relative_x, self.relative_y = (nn.Parameter(torch.empty_like(t)) for t in (ours.relative_x, ours.relative_y))
+        self.load_state_dict(to_official(ours, "MerHS/SASA-pytorch"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, _, height, width = x.shape
+        r, half = self.k // 2, self.relative_x.shape[0]
+        padded = F.pad(x, [r] * 4)
+        q = self.weight_query(padded)[:, :, r : r + height, r : r + width].unflatten(1, (self.heads, -1))
+        maps = self.weight_key(padded), self.weight_value(padded)
+        k, v = (m.unfold(2, self.k, 1).unfold(3, self.k, 1).unflatten(1, (self.heads, -1)) for m in maps)
+        columns = torch.einsum("bnchw,ck->bnhwk", q[:, :, :half], self.relative_x)
+        rows = torch.einsum("bnchw,ck->bnhwk", q[:, :, half:], self.relative_y)
+        logits = (q[..., None, None] * k).sum(2) + columns[..., None, :] + rows[..., None]
+        weights = logits.flatten(-2).softmax(-1).view_as(logits)
+        return torch.einsum("bnhwij,bnchwij->bnchw", weights, v).reshape(batch, -1, height, width)
+
+
+class UnfoldLocalRelation(nn.Module):
+    """Community layers: keys and values unfolded, one weight map for the channels of a group; softmax and borders as the operator has them."""
+
+    def __init__(self, ours: Any) -> None:
+        super().__init__()
+        self.k, self.groups = ours.kernel_size, ours.groups
+        self.kmap, self.qmap = (nn.ModuleDict({"l": nn.Conv2d(ours.channels, self.groups, 1)}) for _ in range(2))
+        self.gp = nn.Module()
+        self.gp.register_buffer("position", torch.empty(1, 2, self.k, self.k))
+        self.gp.l1, self.gp.l2 = nn.Conv2d(2, ours.geometry_hidden, 1), nn.Conv2d(ours.geometry_hidden, self.groups, 1)
+        self.final1x1 = nn.Conv2d(ours.channels, ours.channels, 1)
+        self.load_state_dict(to_official(ours, "community"))
+
+    def forward(self, x: Tensor) -> Tensor:
+        batch, channels, _, _ = x.shape
+        unfold: dict[str, int] = {"kernel_size": self.k, "padding": self.k // 2}
+        q = self.qmap["l"](x).view(batch, self.groups, 1, -1)
+        k = F.unfold(self.kmap["l"](x), **unfold).view(batch, self.groups, self.k**2, -1)
+        prior = self.gp.l2(self.gp.l1(self.gp.position).relu()).view(1, self.groups, -1, 1)  # type: ignore[operator]
+        outside = F.unfold(torch.ones_like(x[:1, :1]), **unfold) == 0
+        weights = (q * k + prior).masked_fill(outside[:, None], -100.0).softmax(2)
+        values = F.unfold(x, **unfold).view(batch, self.groups, channels // self.groups, self.k**2, -1)
+        return self.final1x1((weights[:, :, None] * values).sum(3).view(x.shape))
+
+
+PEERS: Mapping[str, Mapping[str, Callable[[nn.Module], nn.Module]]] = {
+    "halo": {"timm": TimmHalo},
+    "carafe": {"unfold": UnfoldCarafe},
+    "sasa": {"unfold": UnfoldSasa},
+    "local_relation": {"unfold": UnfoldLocalRelation},
+}

@@ -1,5 +1,23 @@
-"""A neighbourhood for every pixel: sums of neighbours with given weights, and attention of blocks of pixels to a window around them."""
+"""A neighbourhood for every pixel: logits of its neighbours, sums of them with given weights, networks on pairs and patches, attention to it."""
 
-from .api import Window, carafe, window_apply, window_attention, window_attention_weights
+from .api import Window, carafe, window_apply, window_attention, window_attention_weights, window_relate
+from .relations import RELATIONS, Pairs, Patches, Relation, check_reach, inside_map, pad, pair_differences, relate, window_dots
 
-__all__ = ["Window", "carafe", "window_apply", "window_attention", "window_attention_weights"]
+__all__ = [
+    "RELATIONS",
+    "Pairs",
+    "Patches",
+    "Relation",
+    "Window",
+    "carafe",
+    "check_reach",
+    "inside_map",
+    "pad",
+    "pair_differences",
+    "relate",
+    "window_apply",
+    "window_attention",
+    "window_attention_weights",
+    "window_dots",
+    "window_relate",
+]

@@ -1,5 +1,7 @@
 """Neighbourhoods: checks done, the way chosen."""
 
+from importlib.util import find_spec
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -10,12 +12,22 @@ from .. import _dispatch
 from . import opaque, reference, sdpa
 from .window import Window
 
-_dispatch.register("window_apply", "shifted", "tiles")
-_dispatch.register("window_attention", "blocks", "sdpa")
+_dispatch.register("window_apply", "shifted", "tiles", "fused")
+_dispatch.register("window_attention", "shifted", "blocks", "sdpa")
+_dispatch.register("window_relate", "shifted")
 
 # When upsampling, from this many channels of a group on, building the banded matrices of "tiles" pays. Measured on a CPU, k = 5, s = 2, forward and
 # backward: 4 channels 17 ms shifted, 38 ms tiles; 16: 17, 15; 32: 17, 9; 64: 16, 7. With s = 1, k = 3 to 7, shifted wins or ties at all of them.
 TILES_FROM = 24
+
+# Windows of pixels: from this many multiply-adds a query and head on (k^2 times the mean width of keys and values), dense products of blocks, which
+# compute 2 to 3.4 times too much, pay. Measured on a CPU, forward and backward, 28 x 28: k = 7, width 32 (1568) 67 ms shifted, 88 blocks; width 64
+# (3136) 44, 36; width 128 49, 29; k = 3, width 64 (576) 13, 19; k = 11, width 32 (3872) 101, 69.
+BLOCKS_FROM = 2500
+
+TRITON = find_spec("triton") is not None
+
+OPS = ("product", "squared", "absolute")
 
 
 def window_apply(weights: Tensor, values: Tensor, window: Window, *, groups: str = "contiguous", scale_factor: int = 1) -> Tensor:
@@ -47,21 +59,39 @@ def window_apply(weights: Tensor, values: Tensor, window: Window, *, groups: str
 
 
 def _apply(w: Tensor, v: Tensor, window: Window, scale: int) -> Tensor:
-    plain = window.stride == 1 and window.dilation == 1
-    tiled = plain and scale > 1 and v.shape[2] >= TILES_FROM and _dispatch.on_cpu(v)
-    why = "upsampling of many channels a group: a dense product for each tile" if tiled else "one multiply-add of maps for each shift"
-    impl = _dispatch.choose("window_apply", "tiles" if tiled else "shifted", why)
+    plain, kernels = window.stride == 1 and window.dilation == 1, TRITON and v.device.type == "cuda"
+    if kernels:
+        automatic, why = "fused", "one Triton kernel over the shifts"
+    elif plain and scale > 1 and v.shape[2] >= TILES_FROM and _dispatch.on_cpu(v):
+        automatic, why = "tiles", "upsampling of many channels a group: a dense product for each tile"
+    else:
+        automatic, why = "shifted", "one multiply-add of maps for each shift"
+    impl = _dispatch.choose("window_apply", automatic, why)
     require(impl != "tiles" or plain, "the tiles way of window_apply has no stride or dilation, got {}", window)
-    reach = window.first + window.dilation * (window.kernel_size - 1)
-    if window.padding == "reflect":
-        longest = max(-window.first, reach)
-        require(min(v.shape[-2:]) > longest, "padding='reflect' needs a map longer than {} pixels, got {}", longest, tuple(v.shape[-2:]))
+    require(impl != "fused" or kernels, "the fused way of window_apply needs Triton and a CUDA device, got {}; choose 'shifted'", v.device)
+    _check_mirror(window, v)
     if impl == "reference":
         return reference.apply(w, v, window, scale)
-    first = window.first
+    (v,), first = _mirrored(window, v)
+    return opaque.window_apply(w, v, window.kernel_size, window.stride, window.dilation, first, scale, impl)
+
+
+def _check_mirror(window: Window, like: Tensor) -> None:
     if window.padding == "reflect":
-        v, first = F.pad(v.flatten(1, 2), (-first, reach, -first, reach), "reflect").unflatten(1, v.shape[1:3]), 0
-    return opaque.window_apply(w, v, window.kernel_size, window.stride, window.dilation, first, scale, impl == "tiles")
+        longest = max(-window.first, _reach(window))
+        require(min(like.shape[-2:]) > longest, "padding='reflect' needs a map longer than {} pixels, got {}", longest, tuple(like.shape[-2:]))
+
+
+def _reach(window: Window) -> int:
+    return window.first + window.dilation * (window.kernel_size - 1)
+
+
+def _mirrored(window: Window, *maps: Tensor) -> tuple[tuple[Tensor, ...], int]:
+    """Maps (B, G, C, H, W) with what the window sees beyond their borders, where it sees a mirror; where the window then begins."""
+    if window.padding != "reflect":
+        return maps, window.first
+    pad = (-window.first, _reach(window)) * 2
+    return tuple(F.pad(x.flatten(1, 2), pad, "reflect").unflatten(1, x.shape[1:3]) for x in maps), 0
 
 
 def carafe(x: Tensor, weights: Tensor, up_kernel: int, up_group: int = 1, scale_factor: int = 2) -> Tensor:
@@ -90,45 +120,150 @@ def carafe(x: Tensor, weights: Tensor, up_kernel: int, up_group: int = 1, scale_
     return window_apply(phases, x, Window(k), scale_factor=s)
 
 
-def window_attention(
-    q: Tensor, k: Tensor, v: Tensor, window: Window, *, block: int, rel: tuple[Tensor, Tensor], scale: float = 1.0, rel_scale: float = 1.0
-) -> Tensor:
-    """Softmax attention where the queries of a block of the map share one window of keys.
+def window_relate(q: Tensor, k: Tensor, window: Window, op: str = "product", *, scale: float = 1.0) -> Tensor:
+    """How well each pixel goes with its neighbours, summed over the channels of a group.
 
-    logits = scale q . k + rel_scale (q . rel[0][i - y + win - 1] + q . rel[1][j - x + win - 1]), query (y, x) of a block, key (i, j) of its window.
+    Args:
+        q: (B, G, e, H', W'), at the output's pixels: H' = ceil(H / stride).
+        k: (B, G, e, H, W). Outside the map lie zero keys ("zero"), mirror images ("reflect"), or nothing ("mask": minus infinity).
+        op: scale sum q k ("product"), - scale sum (q - k)^2 ("squared"), - scale sum |q - k| ("absolute").
+
+    Returns:
+        (B, G, k^2, H', W'), in at least float32.
+    """
+    check_option(op, OPS, "op")
+    _check_pixels(q, k, window)
+    impl = _dispatch.choose("window_relate", "shifted", "one multiply-add of maps for each shift")
+    if impl == "reference":
+        return reference.relate(q, k, op, window, scale)
+    (k,), first = _mirrored(window, k)
+    return opaque.window_relate(q, k, op, window.kernel_size, window.stride, window.dilation, first, scale, window.padding == "mask")
+
+
+def window_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    *,
+    block: int | None = None,
+    rel: tuple[Tensor, Tensor] | None = None,
+    mix: Tensor | None = None,
+    scale: float = 1.0,
+    rel_scale: float = 1.0,
+) -> Tensor:
+    """Softmax attention of every pixel to its own window, or, with `block`, of the queries of a block of the map to a window they share.
+
+    logits = scale q . k + rel_scale (q . rel[0][i] + q . rel[1][j]), key (i, j) of the window; with `block` i is i - y + win - 1 and j is
+    j - x + win - 1 for query (y, x) of the block.
 
     Args:
         q: (B, heads, d, H', W'), where H' = H / window.stride, as a strided convolution gives it.
         k, v: (B, heads, d, H, W), (B, heads, dv, H, W).
-        window: its kernel_size is `win`, its offset_first from the block's first pixel. Pixels outside the map take part as zero vectors with
-            padding="zero", not at all with "mask".
-        block: side of a block, in pixels of k; the last blocks of a map may stick out.
-        rel: tables of rows and columns, (2 win - 1, d) each.
+        window: with `block` its kernel_size is `win`, its offset_first from the block's first pixel. Pixels outside the map take part as zero vectors
+            with padding="zero", not at all with "mask", as mirror images with "reflect" (not with `block`).
+        block: side of a block, in pixels of k; the last blocks of a map may stick out. Needs `rel`.
+        rel: tables of rows and columns, (kernel_size, d) each or one for each head, (heads, kernel_size, d); with `block` (2 win - 1, d).
+        mix: (M, kernel_size^2): the value of a neighbour is sum_m mix[m, j] v_m, with v (B, heads, M dv, H, W), m first. Not with `block`.
 
     Returns:
         (B, heads, dv, H', W').
     """
-    _check_blocks(q, k, rel, window, block)
+    if block is None:
+        return _attend_pixels(q, k, v, window, rel, mix, scale, rel_scale)
+    tables = _check_blocks(q, k, rel, window, block)
+    require(mix is None, "windows of blocks have no mix, got {}", mix)
     why = "some rows of blocks at a time; the weights are never kept" if _dispatch.on_cpu(q) else "the fused kernel of the device"
     impl = _dispatch.choose("window_attention", "blocks" if _dispatch.on_cpu(q) else "sdpa", why)
+    require(impl != "shifted", "the shifted way of window_attention has a window for every pixel: block={} must be None", block)
     if impl == "reference":
-        return reference.attend(q, k, v, rel, window, block, scale, rel_scale)
+        return reference.attend(q, k, v, tables, window, block, scale, rel_scale)
     if impl == "sdpa":
-        return sdpa.attend(q, k, v, rel, window, block, scale, rel_scale)
+        return sdpa.attend(q, k, v, tables, window, block, scale, rel_scale)
     unused = window.kernel_size - block // window.stride  # first rows of the tables that no pair of a block and its window has
-    tables = torch.cat([table[unused:].flip(0) for table in rel]) * (rel_scale / scale)
-    return opaque.window_attention(q, k, v, tables, window.kernel_size, block, window.first, scale, window.padding == "mask")
+    flipped = torch.cat([table[unused:].flip(0) for table in tables]) * (rel_scale / scale)
+    return opaque.window_attention(q, k, v, flipped, window.kernel_size, block, window.first, scale, window.padding == "mask")
+
+
+def _attend_pixels(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    window: Window,
+    rel: tuple[Tensor, Tensor] | None,
+    mix: Tensor | None,
+    scale: float,
+    rel_scale: float,
+) -> Tensor:
+    tables = _tables(q, k, rel, window, rel_scale / scale)
+    count = 1 if mix is None else mix.shape[0]
+    require(v.ndim == 5 and v.shape[2] % count == 0, "v must be (batch, heads, {} times channels, height, width), got {}", count, tuple(v.shape))
+    require(v.shape[:2] == k.shape[:2] and v.shape[3:] == k.shape[3:], "v must be a map like k {}, got {}", tuple(k.shape), tuple(v.shape))
+    wanted = (count, window.kernel_size**2)
+    require(mix is None or tuple(mix.shape) == wanted, "mix must be {}, got {}", wanted, None if mix is None else tuple(mix.shape))
+    plain = window.stride == window.dilation == 1 and mix is None and window.padding != "reflect"
+    shared = plain and (tables is None or tables.shape[0] == 1)
+    if not _dispatch.on_cpu(q):
+        automatic, why = ("sdpa", "the fused kernel of the device") if plain else ("shifted", "one multiply-add of maps for each shift")
+    elif shared and window.kernel_size**2 * (q.shape[2] + v.shape[2]) >= 2 * BLOCKS_FROM:
+        automatic, why = "blocks", "wide heads: dense products of blocks with windows, less a band"
+    else:
+        automatic, why = "shifted", "one multiply-add of maps for each channel and shift; the weights are never kept"
+    impl = _dispatch.choose("window_attention", automatic, why)
+    require(impl != "sdpa" or plain, "the sdpa way of window_attention has no stride, dilation, reflection or mix, got {}", window)
+    require(impl != "blocks" or shared, "the blocks way of window_attention has neither those nor tables for each head, got {}", window)
+    if impl == "reference":
+        return reference.attend_pixels(q, k, v, tables, mix, window, scale)
+    if impl == "sdpa":
+        return sdpa.attend_pixels(q, k, v, tables, window, scale)
+    (k, v), first = _mirrored(window, k, v)
+    options = window.kernel_size, window.stride, window.dilation, first, scale, window.padding == "mask", impl == "blocks"
+    return opaque.pixel_attention(q, k, v, tables, mix, *options)
 
 
 def window_attention_weights(
-    q: Tensor, k: Tensor, window: Window, *, block: int, rel: tuple[Tensor, Tensor], scale: float = 1.0, rel_scale: float = 1.0
+    q: Tensor,
+    k: Tensor,
+    window: Window,
+    *,
+    block: int | None = None,
+    rel: tuple[Tensor, Tensor] | None = None,
+    scale: float = 1.0,
+    rel_scale: float = 1.0,
 ) -> Tensor:
-    """The weights `window_attention` uses, (B, heads, rows, columns, queries of a block, win^2)."""
-    _check_blocks(q, k, rel, window, block)
-    return reference.logits(q, k, rel, window, block, scale, rel_scale).softmax(-1).to(q.dtype)
+    """The weights `window_attention` uses: (B, heads, kernel_size^2, H', W'); with `block` (B, heads, rows, columns, queries of a block, win^2)."""
+    if block is not None:
+        return reference.logits(q, k, _check_blocks(q, k, rel, window, block), window, block, scale, rel_scale).softmax(-1).to(q.dtype)
+    tables = _tables(q, k, rel, window, rel_scale / scale)
+    logits = window_relate(q, k, window, scale=scale)
+    return (logits if tables is None else logits + reference.relative(q, tables, scale)).softmax(2).to(q.dtype)
 
 
-def _check_blocks(q: Tensor, k: Tensor, rel: tuple[Tensor, Tensor], window: Window, block: int) -> None:
+def _check_pixels(q: Tensor, k: Tensor, window: Window) -> None:
+    check_floating(q, "q")
+    check_floating(k, "k")
+    require(k.ndim == 5, "k must be (batch, heads, channels, height, width), got {}", tuple(k.shape))
+    wanted = (*k.shape[:3], *(-(-n // window.stride) for n in k.shape[3:]))
+    require(tuple(q.shape) == wanted, "q must be {} for k {}, got {}", wanted, tuple(k.shape), tuple(q.shape))
+    _check_mirror(window, k)
+
+
+def _tables(q: Tensor, k: Tensor, rel: tuple[Tensor, Tensor] | None, window: Window, scale: float) -> Tensor | None:
+    """Rows, then columns, times `scale`: (heads or 1, 2 kernel_size, d)."""
+    _check_pixels(q, k, window)
+    if rel is None:
+        return None
+    (heads, d), size = q.shape[1:3], window.kernel_size
+    for table in rel:
+        ok = tuple(table.shape[-2:]) == (size, d) and (table.ndim == 2 or (table.ndim == 3 and table.shape[0] == heads))
+        require(ok, "rel must have tables {} or {}, got {}", (size, d), (heads, size, d), tuple(table.shape))
+    both = torch.cat(torch.broadcast_tensors(*rel), -2)
+    return (both if both.ndim == 3 else both[None]) * scale
+
+
+def _check_blocks(q: Tensor, k: Tensor, rel: tuple[Tensor, Tensor] | None, window: Window, block: int) -> tuple[Tensor, Tensor]:
+    require(rel is not None, "windows of blocks need rel, two tables, got {}", rel)
+    assert rel is not None
     win, (height, width) = window.kernel_size, k.shape[-2:]
     check_divisible(block, window.stride, "block", "stride")
     require(window.dilation == 1 and window.padding != "reflect", "blocks have windows without dilation or reflection, got {}", window)
@@ -139,3 +274,4 @@ def _check_blocks(q: Tensor, k: Tensor, rel: tuple[Tensor, Tensor], window: Wind
     for table in rel:
         wanted = (2 * win - 1, q.shape[2])
         require(tuple(table.shape) == wanted, "rel must have tables {}, got {}", wanted, tuple(table.shape))
+    return rel

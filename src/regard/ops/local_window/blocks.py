@@ -1,7 +1,8 @@
 """Attention of blocks to their windows, some rows of blocks at a time; the backward computes the weights again instead of keeping them.
 
 The relative term is separable: for query (y, x) and key (i, j) it is R[i] + C[j], where the codes R and C depend on the query alone. So the
-logits are one product of widened vectors: [scale q, R, C] times [k, i one-hot, j one-hot]. A border mask is a large negative code.
+logits are one product of widened vectors: [scale q, R, C] times [k, i one-hot, j one-hot]. A border mask is a large negative code, and so is what
+lies outside a query's own window when every pixel has one: windows of pixels are the windows of their block less a band.
 Codes run from the last row (column) of the window to the first, so that they are a plain strided view of q times the reversed tables.
 Channels are innermost everywhere: then a row of a window is one run of memory.
 """
@@ -17,10 +18,13 @@ Box = tuple[slice, slice, slice]
 NARROW = 16  # products with fewer columns than a vector register holds are three times slower on the CPU (measured), so they get zero columns
 
 
-def forward(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, first: int, scale: float, mask: bool) -> Tensor:
-    """q (B, N, d, Hq, Wq), k (B, N, d, H, W), v (B, N, dv, H, W), rel (2 (win + side - 1), d), reversed -> (B, N, dv, Hq, Wq)."""
+def forward(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, first: int, scale: float, mask: bool, band: bool) -> Tensor:
+    """q (B, N, d, Hq, Wq), k (B, N, d, H, W), v (B, N, dv, H, W), rel (2 (win + side - 1), d), reversed -> (B, N, dv, Hq, Wq).
+
+    band: each query sees only the win - side + 1 rows and columns of the window that begin at its own place.
+    """
     out = channels_last(v, (*q.shape[:2], v.shape[2], *q.shape[-2:]))
-    blocks = _Blocks(q, k, v, rel, win, block, first, scale, mask)
+    blocks = _Blocks(q, k, v, rel, win, block, first, scale, mask, band)
     for box in blocks.boxes():
         weights = blocks.weights(blocks.queries(box), blocks.keys(box))
         blocks.write(out, box, torch.bmm(weights, blocks.values(box)))
@@ -28,14 +32,14 @@ def forward(q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, 
 
 
 def backward(
-    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, first: int, scale: float, mask: bool
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, first: int, scale: float, mask: bool, band: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """The gradients of q, k, v and rel."""
     acc, d, dv_ = accumulator(q), q.shape[2], v.shape[2]
     dq = channels_last(q, q.shape)
     dk, dv = (channels_last(x, x.shape, acc).zero_() for x in (k, v))
     drel = torch.zeros_like(rel, dtype=acc)
-    blocks = _Blocks(q, k, v, rel, win, block, first, scale, mask)
+    blocks = _Blocks(q, k, v, rel, win, block, first, scale, mask, band)
     for box in blocks.boxes():
         queries, keys, dy = blocks.queries(box), blocks.keys(box), blocks.read(dout, box)
         weights = blocks.weights(queries, keys)
@@ -51,6 +55,43 @@ def backward(
     return dq, dk.to(k.dtype), dv.to(v.dtype), drel.to(rel.dtype)
 
 
+def pixels_forward(q: Tensor, k: Tensor, v: Tensor, rel: Tensor | None, kernel: int, first: int, scale: float, mask: bool) -> Tensor:
+    """A window of its own for every pixel, as a band of its block's window; rel (1, 2 k, d), rows and columns."""
+    side, (q, k, v) = _side(q, kernel), _innermost(q, k, v)
+    return forward(q, k, v, _banded(q, rel, kernel, side), side + kernel - 1, side, first, scale, mask, True).contiguous()
+
+
+def pixels_backward(
+    dout: Tensor, q: Tensor, k: Tensor, v: Tensor, rel: Tensor | None, kernel: int, first: int, scale: float, mask: bool
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    side, (dout, q, k, v) = _side(q, kernel), _innermost(dout, q, k, v)
+    tables = _banded(q, rel, kernel, side)
+    dq, dk, dv, drel = backward(dout, q, k, v, tables, side + kernel - 1, side, first, scale, mask, True)
+    drel = drel.unflatten(0, (2, -1))[:, side - 1 : side + kernel - 1].flip(1).reshape(1, 2 * kernel, -1)
+    return dq.contiguous(), dk.contiguous(), dv.contiguous(), drel if rel is not None else q.new_empty(0)
+
+
+def _side(q: Tensor, kernel: int) -> int:
+    """Large blocks multiply much that their band leaves out, small ones copy much of their windows: the best of the sizes in between, measured."""
+
+    def cost(side: int) -> int:
+        return -(-q.shape[-2] // side) * -(-q.shape[-1] // side) * (side + kernel - 1) ** 2 * (side**2 + 32)
+
+    return min(range(4, 9), key=cost)
+
+
+def _innermost(*maps: Tensor) -> Iterator[Tensor]:
+    return (channels_last(x, x.shape).copy_(x) for x in maps)
+
+
+def _banded(q: Tensor, rel: Tensor | None, kernel: int, side: int) -> Tensor:
+    """Tables (2 (kernel + 2 side - 2), d), reversed, zero outside the band."""
+    out = q.new_zeros(2, kernel + 2 * (side - 1), q.shape[2])
+    if rel is not None:
+        out[:, side - 1 : side + kernel - 1] = rel.view(2, kernel, -1).flip(1)
+    return out.flatten(0, 1)
+
+
 def channels_last(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | None = None) -> Tensor:
     """An empty (B, N, d, H, W) with memory (B, H, W, N, d): a map of channels N d, channels last."""
     batch, heads, d, height, width = shape
@@ -60,13 +101,14 @@ def channels_last(like: Tensor, shape: tuple[int, ...], dtype: torch.dtype | Non
 class _Blocks:
     """A map cut into blocks, and the boxes (images, heads, rows of blocks) of them that are worked on at a time."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, first: int, scale: float, mask: bool) -> None:
-        self.q, self.k, self.v, self.win, self.block, self.first, self.scale, self.mask = q, k, v, win, block, first, scale, mask
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, rel: Tensor, win: int, block: int, first: int, scale: float, mask: bool, band: bool) -> None:
+        self.q, self.k, self.v, self.win, self.block, self.first, self.scale = q, k, v, win, block, first, scale
+        self.mask, self.banded = mask, band
         self.reach = rel.shape[0] // 2  # offsets along one axis
         self.side = self.reach - win + 1
         self.rows, self.columns = (-(-n // self.side) for n in q.shape[-2:])
         self.dtype = accumulator(q)
-        self.rel = rel.to(self.dtype)
+        self.rel, self.outside = rel.to(self.dtype), torch.finfo(self.dtype).min / 4
         self._keys: Tensor | None = None
 
     def boxes(self) -> Iterator[Box]:
@@ -81,14 +123,17 @@ class _Blocks:
         out = q.new_empty(*q.shape[:-1], d + 2 * win, dtype=self.dtype)
         torch.mul(q.to(self.dtype), self.scale, out=out[..., :d])
         flat = out.view(-1, d + 2 * win)
-        high, wide = self._codes(flat[:, :d] @ self.rel.mT)
+        relative = flat[:, :d] @ self.rel.mT
+        if self.banded:  # entry (win - 1 - i) + y of the codes belongs to a key i - y places after the first of its query
+            for table in relative.split(self.reach, 1):
+                table[:, : side - 1] = table[:, win:] = self.outside
+        high, wide = self._codes(relative)
         out.view(-1, side, side, d + 2 * win)[..., d : d + win].copy_(high)
         out.view(-1, side, side, d + 2 * win)[..., d + win :].copy_(wide)
         if self.mask:
-            outside = torch.finfo(self.dtype).min / 4
             high, wide = self._outside(box[2], self.k.shape[-2]), self._outside(slice(0, self.columns), self.k.shape[-1])
-            out[..., d : d + win].masked_fill_(high[:, None, None, None], outside)
-            out[..., d + win :].masked_fill_(wide[:, None, None], outside)
+            out[..., d : d + win].masked_fill_(high[:, None, None, None], self.outside)
+            out[..., d + win :].masked_fill_(wide[:, None, None], self.outside)
         return out.view(-1, side**2, d + 2 * win)
 
     def _outside(self, blocks: slice, length: int) -> Tensor:

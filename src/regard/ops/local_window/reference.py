@@ -7,12 +7,45 @@ from torch import Tensor
 from .window import Window, join, split
 
 
+def relate(q: Tensor, k: Tensor, op: str, window: Window, scale: float) -> Tensor:
+    """q (B, G, e, H', W'), k (B, G, e, H, W) -> (B, G, k^2, H', W'), in at least float32."""
+    q, keys = q[:, :, :, None], _copies(k, window, *q.shape[-2:])
+    pairs = {"product": lambda: q * keys, "squared": lambda: -((q - keys) ** 2), "absolute": lambda: -(q - keys).abs()}[op]()
+    out = pairs.sum(2, dtype=torch.promote_types(q.dtype, torch.float32)) * scale
+    if window.padding == "mask":
+        out = out.masked_fill(_copies(k.new_ones(1, 1, 1, *k.shape[-2:]), window, *q.shape[-2:])[:, :, 0] == 0, float("-inf"))
+    return out
+
+
+def attend_pixels(q: Tensor, k: Tensor, v: Tensor, rel: Tensor | None, mix: Tensor | None, window: Window, scale: float) -> Tensor:
+    logits = relate(q, k, "product", window, scale)
+    if rel is not None:
+        logits = logits + relative(q, rel, scale)
+    weights = logits.softmax(2).to(v.dtype).unsqueeze(3)
+    if mix is None:
+        return apply(weights, v, window, 1)
+    maps = zip(mix, v.unflatten(2, (mix.shape[0], -1)).unbind(2), strict=True)
+    return torch.stack([apply(weights * part[:, None, None, None], one, window, 1) for part, one in maps]).sum(0)
+
+
+def relative(q: Tensor, rel: Tensor, scale: float) -> Tensor:
+    """The products of queries with the tables (N or 1, 2 k, d), (B, N, k^2, H', W')."""
+    q = q.to(torch.promote_types(q.dtype, torch.float32))
+    high, wide = (rel.to(q.dtype) * scale @ q.flatten(3)).unflatten(3, q.shape[-2:]).chunk(2, 2)
+    return (high[:, :, :, None] + wide[:, :, None]).flatten(2, 3)
+
+
 def apply(w: Tensor, v: Tensor, window: Window, scale: int) -> Tensor:
     """w (B, G, k^2, s^2, H', W'), v (B, G, C, H, W) -> (B, G, C, s H', s W')."""
-    k, (height, width) = window.kernel_size, w.shape[-2:]
-    copies = F.unfold(_pad(v.flatten(1, 2), window), k, window.dilation, 0, window.stride)
-    y = torch.einsum("bgjphw,bgcjhw->bgcphw", w, copies.reshape(*v.shape[:3], k * k, height, width))
+    height, width = w.shape[-2:]
+    y = torch.einsum("bgjphw,bgcjhw->bgcphw", w, _copies(v, window, height, width))
     return F.pixel_shuffle(y.flatten(1, 3), scale).unflatten(1, v.shape[1:3])
+
+
+def _copies(v: Tensor, window: Window, height: int, width: int) -> Tensor:
+    """(B, G, C, H, W) -> (B, G, C, k^2, H', W')."""
+    copies = F.unfold(_pad(v.flatten(1, 2), window), window.kernel_size, window.dilation, 0, window.stride)
+    return copies.reshape(*v.shape[:3], window.kernel_size**2, height, width)
 
 
 def _pad(v: Tensor, window: Window) -> Tensor:

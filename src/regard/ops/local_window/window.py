@@ -14,14 +14,14 @@ from ...validate import check_option
 
 @dataclass(frozen=True)
 class Window:
-    """Which pixels an output pixel sees: rows and columns stride * p + dilation * (offset_first + j), j = 0 .. kernel_size - 1.
+    """Which pixels an output pixel sees: rows and columns stride p + offset_first + dilation j, j = 0 .. kernel_size - 1.
 
     Args:
         kernel_size: pixels along a side. A window of them is flattened row by row.
         stride: distance of the sources of neighbouring output pixels; an axis of n pixels gives ceil(n / stride).
         dilation: distance of neighbouring pixels of a window.
         padding: outside the map lie zeros ("zero"), nothing ("mask": left out of a softmax) or the mirrored map ("reflect").
-        offset_first: where the window begins; -(kernel_size // 2) if None.
+        offset_first: where the window begins, in pixels; -dilation (kernel_size // 2) if None.
     """
 
     kernel_size: int
@@ -37,7 +37,7 @@ class Window:
 
     @property
     def first(self) -> int:
-        return -(self.kernel_size // 2) if self.offset_first is None else self.offset_first
+        return -self.dilation * (self.kernel_size // 2) if self.offset_first is None else self.offset_first
 
 
 BUDGET = 8 * 2**20
