@@ -71,6 +71,12 @@ def test_projections() -> None:
     assert not module(bias=True).bias.any()
 
 
+def test_odd_channels_have_one_more_column() -> None:
+    net = module(out_channels=9, num_heads=3, grouped=False, rel_shared=False, logit_reduce="channel")
+    assert (net.relative_y.shape, net.relative_x.shape) == ((4, 3), (5, 3))
+    assert net(maps(1, 8, 4, 5)).shape == (1, 9, 4, 5)
+
+
 def test_stem_mixes_values_by_their_place() -> None:
     net, x = module(**STEM), maps(2, 8, 6, 5)
     out, weights = net(x, return_weights=True)
