@@ -1,7 +1,8 @@
 """Our modules beside public forms of the same mechanism, in one run: same weights, outputs found equal first, then time and peak memory.
 
     python benchmarks/floors.py                     # all cases, some minutes on two quiet cores; writes docs/measured/floors.csv and its README
-    python benchmarks/floors.py se halo --dry       # these ids, printed alone
+    python benchmarks/floors.py se halo             # these ids again, their rows replaced
+    python benchmarks/floors.py se halo --dry       # printed alone
 
 Times are medians of interleaved rounds (ours, peer, ours, peer, ...) of wall milliseconds. Memory is the peak of the allocator's events during
 one pass beyond what was there before, scratch space inside operators included. `floor` is the factor this project holds itself to, held from 95 %
@@ -149,15 +150,19 @@ class Row:
     largest_mb: float  # the largest single buffer of ours
     floor: str
     held: str
+    machine: str
+    day: str
+    gflops: float  # matrix products of the run
+    load: float  # of the machine before the case
 
 
 def first(result: object) -> Tensor:
     return result if isinstance(result, Tensor) else first(result[0])  # type: ignore[index]
 
 
-def measure(case: Case, seconds: float) -> Iterator[Row]:
+def measure(case: Case, seconds: float, machine: str, gflops: float) -> Iterator[Row]:
     torch.manual_seed(0)
-    maps = regard.card(case.id).layout == "map"
+    maps, load, day = regard.card(case.id).layout == "map", os.getloadavg()[0], time.strftime("%Y-%m-%d", time.gmtime())
     ours = regard.create(case.id, **({"channels": case.shape[1]} if maps else {}), **case.options)
     for parameter in ours.parameters():  # a zero gain would hide a difference
         if parameter.numel() == 1:
@@ -192,7 +197,7 @@ def measure(case: Case, seconds: float) -> Iterator[Row]:
             largest = max(allocations(lambda call=call, mine=models[0]: call(mine))) / 1e6
             given = " ".join(f"{k}={v}" for k, v in case.options.items())
             figures = (times[0], times[1], faster, peaks[0], peaks[1], leaner, largest)
-            yield Row(case.id, given, name, size, run, *figures, ", ".join(filter(None, wanted)), met)
+            yield Row(case.id, given, name, size, run, *figures, ", ".join(filter(None, wanted)), met, machine, day, gflops, load)
 
 
 def forward(model: nn.Module, inputs: tuple[Tensor, ...]) -> None:
@@ -220,7 +225,17 @@ def interleaved(calls: list[Callable[[], None]], seconds: float) -> list[float]:
     return [statistics.median(found) for found in times]
 
 
-def write(rows: list[Row], about: str) -> None:
+def merged(rows: list[Row]) -> list[Row]:
+    """The rows of the last file, those of the ids measured now replaced; in the order of `cases`."""
+    path, new = MEASURED / "floors.csv", {row.id for row in rows}
+    kinds = {f.name: f.type for f in fields(Row)}
+    with path.open(newline="") as file:
+        old = [Row(**{k: float(v) if kinds[k] is float else v for k, v in line.items()}) for line in csv.DictReader(file) if line["id"] not in new]
+    order = list(dict.fromkeys(case.id for case in cases()))
+    return sorted([row for row in old + rows if row.id in order], key=lambda row: order.index(row.id))
+
+
+def write(rows: list[Row]) -> None:
     MEASURED.mkdir(parents=True, exist_ok=True)
     temporary = MEASURED / "floors.csv.tmp"
     with temporary.open("w", newline="") as file:
@@ -236,8 +251,12 @@ def write(rows: list[Row], about: str) -> None:
         memory = (f"{r.ours_mb:.3g}", f"{r.peer_mb:.3g}", f"{r.leaner:.2f}x", f"{r.largest_mb:.3g}")
         lines.append("| " + " | ".join((*cells, *memory, r.floor, r.held)) + " |")
     text = (MEASURED / "floors.head.md").read_text() if (MEASURED / "floors.head.md").exists() else "# Measured\n"
+    runs = sorted({(r.machine, r.day) for r in rows})
+    about = "; ".join(f"{machine}, {day}" for machine, day in runs)
+    about += f"; matrix products {min(r.gflops for r in rows):.0f} to {max(r.gflops for r in rows):.0f} GFLOP/s"
+    about += f", load before a case at most {max(r.load for r in rows):.1f}"
     temporary = MEASURED / "README.tmp"
-    temporary.write_text(f"{text}\n{about}\n\n" + "\n".join(lines) + "\n")
+    temporary.write_text(f"{text}\n`python benchmarks/floors.py` on {about}.\n\n" + "\n".join(lines) + "\n")
     os.replace(temporary, MEASURED / "README.md")
 
 
@@ -250,17 +269,13 @@ def main() -> None:
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
     rates = calibrate(torch.device("cpu"))
-    about = (
-        f"`python benchmarks/floors.py` on {cpu_name()}, {options.threads} threads, torch {torch.__version__}, "
-        f"{time.strftime('%Y-%m-%d', time.gmtime())}; this run's matrix products {rates.gflops:.0f} GFLOP/s, copies {rates.gbytes:.0f} GB/s, "
-        f"load {os.getloadavg()[0]:.1f} at the start."
-    )
-    print(about)
+    machine = f"{cpu_name()}, {options.threads} threads, torch {torch.__version__}"
+    print(f"{machine}: matrix products {rates.gflops:.0f} GFLOP/s, copies {rates.gbytes:.0f} GB/s, load {os.getloadavg()[0]:.1f}")
     rows = []
     for case in cases():
         if options.ids and case.id not in options.ids:
             continue
-        for row in measure(case, options.seconds):
+        for row in measure(case, options.seconds, machine, rates.gflops):
             rows.append(row)
             print(
                 f"{row.id:12} {row.options:24} {row.peer:22} {row.size:12} {row.run:17} {row.ours_ms:9.3f} {row.peer_ms:9.3f} ms {row.faster:6.2f}x"
@@ -268,7 +283,7 @@ def main() -> None:
                 flush=True,
             )
     if not options.dry:
-        write(rows, about)
+        write(merged(rows) if options.ids else rows)
 
 
 if __name__ == "__main__":

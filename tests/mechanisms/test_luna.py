@@ -103,7 +103,7 @@ def test_nothing_allowed_gives_zeros_before_the_projections(causal):
 
 
 def test_one_slot_passes_every_token_on():
-    """The spec's purpose: through a memory of one slot every output still feels every input."""
+    """Through a memory of one slot every output still feels every input."""
     module, x = make(memory_len=1), torch.randn(1, 6, 12, dtype=torch.float64, requires_grad=True)
     for t in range(6):
         (g,) = torch.autograd.grad(module(x)[0, t].square().sum(), x)

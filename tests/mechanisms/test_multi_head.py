@@ -11,7 +11,7 @@ from regard.parts.positions import alibi_slopes
 
 
 def brute_force(m, x: Tensor, context: Tensor, bias: Tensor | None = None, mask: Tensor | None = None) -> Tensor:
-    """The spec's equations, head by head and query by query."""
+    """The equations, head by head and query by query."""
     q, k, v = m.q_proj(x), m.k_proj(context), m.v_proj(context)
     d, out = m.head_dim, []
     for i in range(m.num_heads):

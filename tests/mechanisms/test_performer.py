@@ -31,7 +31,7 @@ def make(**options):
 
 
 def features(module, y, query, causal, mask):
-    """phi as the spec has it, one head at a time; mask (M,) leaves keys out of every maximum."""
+    """phi as defined, one head at a time; mask (M,) leaves keys out of every maximum."""
     d, kind, out = y.shape[-1], module.feature_map, []
     for b in range(y.shape[0]):
         for h in range(y.shape[1]):

@@ -23,7 +23,7 @@ def core(n: int = N, m: int = M) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def posterior(q, k, v, *, alpha=0.4, beta=0.0, magnitude=True, prior=None, v_init=None, q_pos=None, k_pos=None, v_pos=None, mask=None) -> Tensor:
-    """The spec's log weights, one pair at a time."""
+    """The log weights as defined, one pair at a time."""
     b, h, n, m = *q.shape[:3], k.shape[2]
     alpha, beta = (torch.as_tensor(a, dtype=torch.float64).expand(b, h, m) for a in (alpha, beta))
     out = torch.zeros(b, h, n, m, dtype=torch.float64)

@@ -123,7 +123,7 @@ def test_no_buffer_holds_all_pairs():
 
 
 def test_expected_key_in_eval_is_attention_with_other_queries():
-    """The spec's purpose: num_samples=-1 is softmax attention with queries mu and a bias of each key."""
+    """num_samples=-1 is softmax attention with queries mu and a bias of each key."""
     module, x = make(num_samples=-1), torch.randn(2, 9, 12, dtype=torch.float64)
     q, k, v = (p(x).unflatten(2, (2, 6)).transpose(1, 2) for p in (module.q_proj, module.k_proj, module.v_proj))
     sdpa = torch.nn.functional.scaled_dot_product_attention
