@@ -239,7 +239,8 @@ def _gradients(golden: Golden, module: nn.Module, inputs: dict[str, Tensor], pai
     for name, expected in golden.group("grad").items():
         gradient = inputs[name].grad
         out[name] = (torch.zeros_like(expected) if gradient is None else gradient, expected)
-    wanted = {name.removeprefix("p."): t for name, t in golden.group("grad_state").items()}
+    known = golden.group("state")
+    wanted = {name if name in known else name.removeprefix("p."): t for name, t in golden.group("grad_state").items()}
     if wanted:
         ours = {name: torch.zeros_like(p) if p.grad is None else p.grad for name, p in module.named_parameters()}
         buffers = {name: torch.zeros_like(b) for name, b in module.named_buffers()}
