@@ -10,6 +10,7 @@ from ..errors import require
 from ..official import KeyMap, Rule
 from ..ops.additive_scores import additive_scores
 from ..validate import check_floating, check_mask, check_option, check_tokens
+from .linear import Linear
 from .masks import zero_rows
 
 Activation = Literal["tanh", "relu"]
@@ -64,12 +65,12 @@ class AnnotationScores(nn.Module):
         for name, value in sizes.items():
             require(value > 0, "{}={} must be at least 1", name, value)
         self.activation = activation
-        self.encoder_att = nn.Linear(context_dim, attn_dim, **dd)
+        self.encoder_att = Linear(context_dim, attn_dim, **dd)
         for at in range(1, attn_layers):
-            self.add_module(f"encoder_att_{at}", nn.Linear(attn_dim, attn_dim, **dd))
+            self.add_module(f"encoder_att_{at}", Linear(attn_dim, attn_dim, **dd))
         self.deeper = [f"encoder_att_{at}" for at in range(1, attn_layers)]
-        self.decoder_att = nn.Linear(query_dim, attn_dim, activation == "relu", **dd)
-        self.full_att = nn.Linear(attn_dim, 1, **dd)
+        self.decoder_att = Linear(query_dim, attn_dim, activation == "relu", **dd)
+        self.full_att = Linear(attn_dim, 1, **dd)
         if activation == "tanh":
             for layer in self.children():
                 init_authors_(layer)
@@ -102,7 +103,7 @@ def gate_layer(context_dim: int, query_dim: int, gate: Gate | None, activation: 
     check_option(gate, ("scalar", "vector", None), "gate")
     if gate is None:
         return None
-    layer = nn.Linear(query_dim, 1 if gate == "scalar" else context_dim, **dd)
+    layer = Linear(query_dim, 1 if gate == "scalar" else context_dim, **dd)
     if activation == "tanh":
         init_authors_(layer)
     return layer

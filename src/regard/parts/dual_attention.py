@@ -14,6 +14,7 @@ from ..ops._precision import at_least_float32, full_precision
 from ..ops.pairwise_affinity import affinity_weights, pairwise_attention
 from ..validate import check_option
 from .gates import INITS
+from .linear import Linear
 from .spatial import flatten_space, project_rows, unflatten_space
 from .squeeze import hidden_width
 
@@ -47,8 +48,8 @@ class PositionBlock(nn.Module):
         self.hidden_channels = hidden_width(channels, reduction, hidden_channels)
         self._scale = self.hidden_channels**-0.5 if scale is None else scale
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.query_conv, self.key_conv = (nn.Linear(channels, self.hidden_channels, **dd) for _ in range(2))
-        self.value_conv = nn.Linear(channels, channels, **dd)
+        self.query_conv, self.key_conv = (Linear(channels, self.hidden_channels, **dd) for _ in range(2))
+        self.value_conv = Linear(channels, channels, **dd)
         self.gamma = nn.Parameter(torch.full((1,), 0.0 if init == "identity" else gamma_init, **dd))
 
     def forward(self, x: Tensor, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:

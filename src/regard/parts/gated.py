@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..errors import require
+from ..ops._linear import linear
 from ..ops.gated_attention import ACTIVATIONS
 from ..validate import check_option
 from .positions import RelativeBias, rotary
@@ -109,4 +110,4 @@ def init_gated_(proj: nn.Linear, out_proj: nn.Linear, gamma: Tensor, beta: Tenso
 def split_projection(proj: nn.Linear, widths: list[int]) -> list[Callable[[Tensor], Tensor]]:
     """SiLU(h W + b) as functions of h, one for each part of these widths: no buffer then holds all parts, and each is made when it is needed."""
     parts = zip(proj.weight.split(widths), proj.bias.split(widths), strict=True)
-    return [lambda h, weight=weight, bias=bias: F.silu(F.linear(h, weight, bias)) for weight, bias in parts]
+    return [lambda h, weight=weight, bias=bias: F.silu(linear(h, weight, bias)) for weight, bias in parts]

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from ..ops._precision import at_least_float32, full_precision
 from ..ops.linear_attention import blockwise
+from .linear import Linear
 
 
 class LandmarkNet(nn.Module):
@@ -13,7 +14,7 @@ class LandmarkNet(nn.Module):
 
     def __init__(self, width: int, *, device=None, dtype=None) -> None:
         super().__init__()
-        self.linear = nn.Linear(width, width, device=device, dtype=dtype)
+        self.linear = Linear(width, width, device=device, dtype=dtype)
         self.norm = nn.LayerNorm(width, device=device, dtype=dtype)
 
     def forward(self, y: Tensor) -> Tensor:

@@ -4,17 +4,18 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..errors import require
+from ..ops._linear import linear
 from ..ops._precision import at_least_float32, full_precision
 from ..ops.additive_scores import additive_scores
 from ..ops.softmax_attention import combine_masks
 from ..ops.softmax_attention.sparsemax import sparsemax
 from ..validate import check_bool, check_broadcastable, check_floating, check_option
 from .heads import checked_source
+from .linear import Linear
 
 Score = Literal["dot", "general", "concat", "location"]
 # Floats of temporaries at a time: 16 MB. Up to 64 MB of them are kept for the backward pass; more are computed again.
@@ -32,7 +33,7 @@ def luong_layers(dim: int, context_dim: int, score: Score, max_len: int | None, 
         "concat": {"linear_query": (dim, dim, score_bias), "linear_context": (context_dim, dim, False), "v": (dim, 1, False)},
         "location": {"linear_location": (dim, max_len, False)},
     }[score]
-    return {name: nn.Linear(*shape, **dd) for name, shape in (shapes | {"linear_out": (context_dim + dim, dim, out_bias)}).items()}
+    return {name: Linear(*shape, **dd) for name, shape in (shapes | {"linear_out": (context_dim + dim, dim, out_bias)}).items()}
 
 
 def checked_step(
@@ -56,7 +57,7 @@ def queries_and_keys(layers: Any, x: Tensor, source: Tensor) -> tuple[Tensor, Te
     """What the score multiplies ("concat": adds): (B, N, d) and (B, M, d). "general" projects the shorter of the two sides."""
     match layers.score:
         case "general" if source.shape[1] < x.shape[1]:
-            return x, F.linear(source, layers.linear_in.weight.mT)
+            return x, linear(source, layers.linear_in.weight.mT)
         case "general":
             return layers.linear_in(x), source
         case "concat":

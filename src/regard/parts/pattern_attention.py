@@ -9,6 +9,7 @@ from ..errors import require
 from ..ops.softmax_attention.patterns import Pattern, sparse_attend, sparse_weights
 from ..validate import check_bool, check_broadcastable, check_mask, check_tokens
 from .heads import head_width, merge_heads, split_heads
+from .linear import Linear
 
 
 class PatternAttention(nn.Module):
@@ -39,10 +40,10 @@ class PatternAttention(nn.Module):
         self.allowed, self.qkv_bias, self.out_bias, self.dropout = allowed, qkv_bias, out_bias, dropout
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width = num_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.k_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.v_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.out_proj = nn.Linear(width, dim, out_bias, **dd)
+        self.q_proj = Linear(dim, width, qkv_bias, **dd)
+        self.k_proj = Linear(dim, width, qkv_bias, **dd)
+        self.v_proj = Linear(dim, width, qkv_bias, **dd)
+        self.out_proj = Linear(width, dim, out_bias, **dd)
 
     def forward(
         self,

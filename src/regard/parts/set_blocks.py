@@ -13,6 +13,7 @@ from ..errors import require
 from ..ops.softmax_attention import attend, attention_weights
 from ..validate import check_divisible, check_option
 from .heads import merge_heads, split_heads
+from .linear import Linear
 from .masks import zero_rows
 
 SET_TRANSFORMER = Paper(
@@ -49,12 +50,12 @@ class MAB(nn.Module):
         require(0.0 <= dropout < 1.0, "dropout={} must be in [0, 1)", dropout)
         self.norm, self.scale, self.dropout = norm, scale, dropout
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.fc_q = nn.Linear(dim, self.out_dim, **dd)
-        self.fc_k = nn.Linear(self.context_dim, self.out_dim, **dd)
-        self.fc_v = nn.Linear(self.context_dim, self.out_dim, **dd)
+        self.fc_q = Linear(dim, self.out_dim, **dd)
+        self.fc_k = Linear(self.context_dim, self.out_dim, **dd)
+        self.fc_v = Linear(self.context_dim, self.out_dim, **dd)
         self.ln0 = nn.LayerNorm(self.out_dim, **dd) if norm else nn.Identity()
         self.ln1 = nn.LayerNorm(self.out_dim, **dd) if norm else nn.Identity()
-        self.fc_o = nn.Linear(self.out_dim, self.out_dim, **dd)
+        self.fc_o = Linear(self.out_dim, self.out_dim, **dd)
 
     def forward(
         self,
@@ -184,7 +185,7 @@ class PMA(nn.Module):
         self.S = nn.Parameter(torch.empty(1, num_seeds, dim, **dd))
         nn.init.xavier_uniform_(self.S)
         self.mab = MAB(dim, num_heads, dim, dim, norm=norm, scale=scale, dropout=dropout, **dd)
-        self.rff = nn.Linear(dim, dim, **dd) if rff else None
+        self.rff = Linear(dim, dim, **dd) if rff else None
 
     def forward(self, x: Tensor, *, mask: Tensor | None = None, return_weights: bool = False):
         """(B, k, dim); with `return_weights` also (B, H, k, N)."""

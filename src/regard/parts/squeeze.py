@@ -7,6 +7,7 @@ from ..errors import require
 from ..ops.squeeze import position_max, position_mean
 from ..validate import check_option
 from .gates import activation
+from .linear import Linear
 from .norm import Norm, check_batch_statistics, make_norm
 
 POOLS = ("avg", "max", "avg_max", "lp", "lse")
@@ -73,9 +74,9 @@ class BottleneckMLP(nn.Module):
         super().__init__()
         self.act = act
         self._activate = activation(act)
-        self.fc1 = nn.Linear(channels, hidden, bias, device=device, dtype=dtype)
+        self.fc1 = Linear(channels, hidden, bias, device=device, dtype=dtype)
         self.norm = make_norm(norm, hidden, 0, device=device, dtype=dtype)
-        self.fc2 = nn.Linear(hidden, channels if out_channels is None else out_channels, bias, device=device, dtype=dtype)
+        self.fc2 = Linear(hidden, channels if out_channels is None else out_channels, bias, device=device, dtype=dtype)
 
     def forward(self, vector: Tensor) -> Tensor:
         hidden = self.fc1(vector)

@@ -14,6 +14,7 @@ from ..ops._precision import at_least_float32, full_precision
 from ..ops.linear_attention import blockwise
 from ..ops.softmax_attention import attend, causal_mask, combine_masks
 from .heads import split_heads
+from .linear import Linear
 
 Rows = slice | Tensor
 STD = 0.02
@@ -52,7 +53,7 @@ class DenseScores(nn.Module):
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, max_len: int, share_w2: bool, **dd: Any) -> None:
         super().__init__()
         self.num_heads, heads = num_heads, 1 if share_w2 else num_heads
-        self.w1 = nn.Linear(dim, num_heads * hidden_dim, **dd)
+        self.w1 = Linear(dim, num_heads * hidden_dim, **dd)
         self.w2 = small(heads, hidden_dim, max_len, **dd)
         self.b2 = nn.Parameter(torch.zeros(heads, max_len, **dd))
 
@@ -68,7 +69,7 @@ class FactorizedDenseScores(nn.Module):
     def __init__(self, dim: int, num_heads: int, hidden_dim: int, factors: tuple[int, int], share_w2: bool, **dd: Any) -> None:
         super().__init__()
         self.num_heads, heads = num_heads, 1 if share_w2 else num_heads
-        self.w1 = nn.Linear(dim, num_heads * hidden_dim, **dd)
+        self.w1 = Linear(dim, num_heads * hidden_dim, **dd)
         self.w2_a, self.w2_b = (small(heads, hidden_dim, size, **dd) for size in factors)
         self.b2_a, self.b2_b = (nn.Parameter(torch.zeros(heads, size, **dd)) for size in factors)
 

@@ -3,10 +3,10 @@
 from collections.abc import Callable
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..official import Rule, rename
+from ..ops._linear import linear
 
 
 class WeightNormLinear(nn.Module):
@@ -17,12 +17,12 @@ class WeightNormLinear(nn.Module):
 
     def __init__(self, in_features: int, out_features: int, device=None, dtype=None) -> None:
         super().__init__()
-        linear = nn.Linear(in_features, out_features, device=device, dtype=dtype)
-        self.weight_v, self.bias = linear.weight, linear.bias
-        self.weight_g = nn.Parameter(torch.linalg.vector_norm(linear.weight.detach()))
+        start = nn.Linear(in_features, out_features, device=device, dtype=dtype)
+        self.weight_v, self.bias = start.weight, start.bias
+        self.weight_g = nn.Parameter(torch.linalg.vector_norm(start.weight.detach()))
 
     def forward(self, x: Tensor) -> Tensor:
-        product = F.linear(x, self.weight_v)
+        product = linear(x, self.weight_v)
         return torch.addcmul(self.bias.to(product.dtype), product, self.gain().to(product.dtype))
 
     def gain(self) -> Tensor:

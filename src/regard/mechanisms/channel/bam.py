@@ -21,6 +21,7 @@ from ...ops.outer_gate import apply_outer_gate, outer_gate
 from ...ops.squeeze import position_mean
 from ...parts.conv_norm import ConvNorm
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
 from ...parts.squeeze import hidden_width
 from ...validate import check_map, check_option
@@ -88,12 +89,12 @@ class BottleneckAttention(Mechanism):
         self.hidden_channels = h = hidden_width(channels, reduction, hidden_channels)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         widths = [channels, *[h] * num_layers]
-        self.channel_layers = nn.ModuleList(nn.Linear(a, h, **dd) for a in widths[:-1])
+        self.channel_layers = nn.ModuleList(Linear(a, h, **dd) for a in widths[:-1])
         self.channel_norms = nn.ModuleList(make_norm(norm, h, 0, **dd) for _ in range(num_layers))
-        self.channel_out = nn.Linear(widths[-1], channels, **dd)
-        self.reduce, self.reduce_norm = nn.Linear(channels, h, **dd), make_norm(norm, h, 2, **dd)
+        self.channel_out = Linear(widths[-1], channels, **dd)
+        self.reduce, self.reduce_norm = Linear(channels, h, **dd), make_norm(norm, h, 2, **dd)
         self.spatial_layers = nn.ModuleList(ConvNorm(h, h, 3, dilation=dilation, bias=True, norm=norm, **dd) for _ in range(num_dilated))
-        self.spatial_out = nn.Linear(h, 1, **dd)
+        self.spatial_out = Linear(h, 1, **dd)
         if init == "identity":
             zero_init_(self.channel_out)  # not both factors of a product, or nothing would ever learn
             if combine == "add":

@@ -19,6 +19,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.squeeze import attention_pool, position_mean
 from ...parts.gates import gate_function
+from ...parts.linear import Linear
 from ...parts.norm import zero_init_
 from ...parts.squeeze import BottleneckMLP, hidden_width, unsqueeze_like
 from ...validate import check_map, check_option
@@ -109,7 +110,7 @@ class GlobalContext(Mechanism):
         self.num_terms = len(set(fusion))
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if pool == "att":
-            self.mask = nn.Linear(channels, 1, **dd)
+            self.mask = Linear(channels, 1, **dd)
             nn.init.kaiming_normal_(self.mask.weight, mode="fan_in")
             nn.init.zeros_(self.mask.bias)
         self.mlp_mul = BottleneckMLP(channels, self.hidden_channels, norm=nn.LayerNorm, **dd) if "mul" in fusion else None

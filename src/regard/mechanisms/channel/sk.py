@@ -24,6 +24,7 @@ from ...ops.squeeze import position_mean
 from ...parts.branches import branch_select, branch_weights, hidden_at_least
 from ...parts.conv_norm import ConvNorm
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, make_norm
 from ...validate import check_divisible, check_map, check_option
 
@@ -115,9 +116,9 @@ class SelectiveKernel(Mechanism):
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         shared = {"stride": stride, "groups": groups, "bias": conv_bias or None, "norm": norm, **dd}
         self.branches = nn.ModuleList(ConvNorm(self.branch_channels, out_channels, k, dilation=dilation * spread, **shared) for k, spread in shapes)
-        self.fc1 = nn.Linear(out_channels, self.hidden_channels, attn_bias or (attn_norm and norm is None), **dd)
+        self.fc1 = Linear(out_channels, self.hidden_channels, attn_bias or (attn_norm and norm is None), **dd)
         self.hidden_norm = make_norm(norm if attn_norm else None, self.hidden_channels, 0, **dd)
-        self.fc2 = nn.Linear(self.hidden_channels, self.num_branches * out_channels, attn_bias, **dd)
+        self.fc2 = Linear(self.hidden_channels, self.num_branches * out_channels, attn_bias, **dd)
         self.gain = nn.Parameter(torch.zeros(1, **dd)) if init == "identity" else None
 
     def key_maps(self) -> tuple[KeyMap, ...]:

@@ -24,6 +24,7 @@ from ...ops.squeeze import position_mean
 from ...parts.branches import branch_weights, hidden_at_least, start_from_first
 from ...parts.conv_norm import ConvNorm
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, make_norm
 from ...validate import check_divisible, check_map, check_option
 
@@ -131,9 +132,9 @@ class SplitAttention(Mechanism):
             norm=norm,
             **dd,
         )
-        self.fc1 = nn.Linear(out_channels // groups, self.hidden_channels, **dd)
+        self.fc1 = Linear(out_channels // groups, self.hidden_channels, **dd)
         self.hidden_norm = make_norm(norm, self.hidden_channels, 0, **dd)
-        self.fc2 = nn.Linear(self.hidden_channels // groups, radix * out_channels, **dd)
+        self.fc2 = Linear(self.hidden_channels // groups, radix * out_channels, **dd)
         self.gain = nn.Parameter(torch.zeros(1, **dd)) if init == "identity" else None
 
     def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:

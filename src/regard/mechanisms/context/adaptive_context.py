@@ -25,6 +25,7 @@ from ...ops.region_pool import pool_regions
 from ...ops.squeeze import position_mean
 from ...parts.conv_norm import ConvNorm
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics
 from ...parts.spatial import project_columns
 from ...validate import check_map, check_option
@@ -101,7 +102,7 @@ class AdaptiveContext(Mechanism):
             return nn.ModuleList(ConvNorm(width, h, norm=norm, **dd) for _ in self.sizes)
 
         self.pooled, self.input, self.glob, self.residual = layers(channels), layers(channels), layers(h), layers(h)
-        self.affinity = nn.ModuleList(nn.Linear(h, s * s, **dd) for s in self.sizes)
+        self.affinity = nn.ModuleList(Linear(h, s * s, **dd) for s in self.sizes)
         self.fuse = layers(h) if fusion else None
         self.bottleneck = ConvNorm(channels + len(self.sizes) * h, h, 3, norm=norm, **dd) if self.pyramid else None
         self.gain = nn.Parameter(torch.zeros(1, **dd)) if init == "identity" else None

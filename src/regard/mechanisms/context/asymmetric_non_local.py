@@ -25,6 +25,7 @@ from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.region_pool import pool_regions
 from ...parts.conv_norm import ConvNorm
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, zero_init_
 from ...parts.spatial import project_columns
 from ...validate import check_map, check_option
@@ -104,8 +105,8 @@ class AsymmetricNonLocal(Mechanism):
         stages, momentum = range(num_stages), 0.19 if low_channels is None else 0.1
         self.key = nn.ModuleList(ConvNorm(self.context_channels, d, bias=True, norm=norm, momentum=momentum, **dd) for _ in stages)
         self.query = None if low_channels is None else nn.ModuleList(ConvNorm(channels, d, bias=True, norm=norm, **dd) for _ in stages)
-        self.value = nn.ModuleList(nn.Linear(self.context_channels, dv, **dd) for _ in stages)
-        self.out = nn.ModuleList(nn.Linear(dv, out, **dd) for _ in stages)
+        self.value = nn.ModuleList(Linear(self.context_channels, dv, **dd) for _ in stages)
+        self.out = nn.ModuleList(Linear(dv, out, **dd) for _ in stages)
         self.fuse = ConvNorm(out + channels, out, bias=True, act=low_channels is None, norm=norm, **dd)
         if zero_init or init == "identity":
             for layer in self.out:

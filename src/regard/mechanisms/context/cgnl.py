@@ -22,6 +22,7 @@ from ...official import KeyMap, pointwise, rename
 from ...ops._precision import at_least_float32, full_precision
 from ...ops.group_relations import relate_groups
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import zero_init_
 from ...parts.spatial import project_columns
 from ...validate import check_divisible, check_map, check_option
@@ -96,8 +97,8 @@ class CompactGeneralizedNonLocal(Mechanism):
         self.channels, self.hidden_channels, self.groups, self.kernel, self.order, self.gamma = channels, hidden, groups, kernel, order, gamma
         self.use_scale, self.exact_beta, self.zero_init, self.init = use_scale, exact_beta, zero_init, init
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.theta, self.phi, self.g = (nn.Linear(channels, hidden, bias=False, **dd) for _ in range(3))
-        self.out = nn.Linear(hidden // self.num_groups, channels, bias=False, **dd)
+        self.theta, self.phi, self.g = (Linear(channels, hidden, bias=False, **dd) for _ in range(3))
+        self.out = Linear(hidden // self.num_groups, channels, bias=False, **dd)
         self.norm = nn.GroupNorm(self.num_groups, channels, **dd)
         for linear in (self.theta, self.phi, self.g, self.out):
             nn.init.normal_(linear.weight, std=0.01)

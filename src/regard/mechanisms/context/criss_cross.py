@@ -19,6 +19,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise
 from ...ops.criss_cross import criss_cross, criss_cross_weights
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.spatial import project_last
 from ...parts.squeeze import hidden_width
 from ...validate import check_map, check_option
@@ -80,8 +81,8 @@ class CrissCrossAttention(Mechanism):
         self.channels, self.reduction, self.recurrence, self.dims, self.init = channels, reduction, recurrence, dims, init
         self.hidden_channels = hidden_width(channels, reduction, None)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.query_conv, self.key_conv = (nn.Linear(channels, self.hidden_channels, **dd) for _ in range(2))
-        self.value_conv = nn.Linear(channels, channels, **dd)
+        self.query_conv, self.key_conv = (Linear(channels, self.hidden_channels, **dd) for _ in range(2))
+        self.value_conv = Linear(channels, channels, **dd)
         self.gamma = nn.Parameter(torch.zeros(1, **dd))
 
     def forward(

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...card import Card, Paper
 from ...errors import require
@@ -19,6 +19,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise
 from ...ops.descriptors import double_attention
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import zero_init_
 from ...validate import check_map, check_option
 
@@ -101,9 +102,9 @@ class DoubleAttention(Mechanism):
         self.channels, self.hidden_channels, self.num_maps, self.frames = channels, hidden, maps, frames
         self.reconstruct, self.residual, self.zero_init, self.init = reconstruct, residual, zero_init, init
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.feature = nn.Linear(channels, hidden, **dd)
-        self.gather, self.distribute = (nn.Linear(channels, maps, **dd) for _ in range(2))
-        self.out = nn.Linear(hidden, channels, **dd) if reconstruct else None
+        self.feature = Linear(channels, hidden, **dd)
+        self.gather, self.distribute = (Linear(channels, maps, **dd) for _ in range(2))
+        self.out = Linear(hidden, channels, **dd) if reconstruct else None
         if self.out is not None and (zero_init or init == "identity"):
             zero_init_(self.out)
 

@@ -28,6 +28,7 @@ from ...ops.linear_attention import blockwise
 from ...ops.separable_scores import Axis, from_blocks, separable_attention, separable_weights, span, to_blocks
 from ...ops.softmax_attention import attend
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.spatial import flatten_space, project_columns, project_rows, project_to_map
 from ...validate import check_divisible, check_map, check_option
 
@@ -127,14 +128,14 @@ class GeneralizedAttention(Mechanism):
         self.span = span(self.block, kv_stride, spatial_range) if windows else 0
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         inner = num_heads * self.head_dim
-        self.query_conv = nn.Linear(channels, inner, bias=False, **dd) if self.asks else None
-        self.key_conv = nn.Linear(channels, inner, bias=False, **dd) if e1 or e3 else None
-        self.value_conv, self.proj_conv = nn.Linear(channels, inner, bias=False, **dd), nn.Linear(inner, channels, **dd)
+        self.query_conv = Linear(channels, inner, bias=False, **dd) if self.asks else None
+        self.key_conv = Linear(channels, inner, bias=False, **dd) if e1 or e3 else None
+        self.value_conv, self.proj_conv = Linear(channels, inner, bias=False, **dd), Linear(inner, channels, **dd)
         if self.places:
             require(self.position_dim > 0, "position_embedding_dim={} must be positive, or -1 for channels", position_embedding_dim)
             check_divisible(self.position_dim, 4, "position_embedding_dim", "sines and cosines of two axes, ")
         self.appr_geom_fc_x, self.appr_geom_fc_y = (
-            nn.Linear(self.position_dim // 2, inner, bias=False, **dd) if self.places else None for _ in range(2)
+            Linear(self.position_dim // 2, inner, bias=False, **dd) if self.places else None for _ in range(2)
         )
         self.appr_bias, self.geom_bias = (nn.Parameter(torch.empty(inner, **dd)) if used else None for used in (e3, e4))
         self.gamma = nn.Parameter(torch.zeros(1, **dd))

@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Literal
 
 import torch.nn.functional as F
 from jaxtyping import Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...card import Card, Paper
 from ...errors import require
@@ -19,6 +19,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise, rename
 from ...ops._precision import at_least_float32, full_precision
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
 from ...parts.spatial import project_columns, project_distribute, project_gather
 from ...validate import check_map, check_option
@@ -88,10 +89,10 @@ class GlobalReasoning(Mechanism):
         self.channels, self.hidden_channels, self.state_channels, self.dims = channels, nodes, state, dims
         self.normalize, self.zero_init, self.init = normalize, zero_init, init
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.state, self.project = nn.Linear(channels, state, **dd), nn.Linear(channels, nodes, **dd)
-        self.adjacency = nn.Linear(nodes, nodes, **dd)
-        self.update = nn.Linear(state, state, bias=False, **dd)
-        self.extend = nn.Linear(state, channels, bias=False, **dd)
+        self.state, self.project = Linear(channels, state, **dd), Linear(channels, nodes, **dd)
+        self.adjacency = Linear(nodes, nodes, **dd)
+        self.update = Linear(state, state, bias=False, **dd)
+        self.extend = Linear(state, channels, bias=False, **dd)
         self.norm = make_norm(norm, channels, dims, eps=1e-4, **dd)
         if zero_init or init == "identity":
             zero_init_(self.extend if norm is None else self.norm)

@@ -20,6 +20,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.pairwise_affinity import affinity_weights, pairwise_attention, pairwise_dot, pairwise_relu
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
 from ...parts.spatial import flatten_space, halve, halve_rows, project_rows, project_to_map
 from ...validate import check_map, check_option
@@ -103,10 +104,10 @@ class NonLocal(Mechanism):
         check_option(init, INITS, "init")
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         embeds, adds = mode != "gaussian", mode == "concatenation"
-        self.g = nn.Linear(channels, d, **dd)
-        self.theta, self.phi = (nn.Linear(channels, d, **dd) if embeds else None for _ in range(2))
-        self.concat_project = nn.Linear(2 * d, 1, bias=False, **dd) if adds else None
-        self.out = nn.Linear(d, channels, **dd)  # under a norm its bias is zero unless a checkpoint of the plain naming brings one
+        self.g = Linear(channels, d, **dd)
+        self.theta, self.phi = (Linear(channels, d, **dd) if embeds else None for _ in range(2))
+        self.concat_project = Linear(2 * d, 1, bias=False, **dd) if adds else None
+        self.out = Linear(d, channels, **dd)  # under a norm its bias is zero unless a checkpoint of the plain naming brings one
         self.norm = make_norm(norm, channels, dims, **dd)
         for linear in (self.g, self.theta, self.phi, self.out):
             if linear is not None:

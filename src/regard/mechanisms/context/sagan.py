@@ -20,6 +20,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.pairwise_affinity import affinity_weights, pairwise_attention
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.spatial import flatten_space, project_rows, unflatten_space
 from ...parts.spectral import SpectralLinear
 from ...parts.squeeze import hidden_width
@@ -109,7 +110,7 @@ class SAGANAttention(Mechanism):
         self.value_channels = channels // value_reduction
         require(self.value_channels > 0, "channels={} with value_reduction={} leaves no channel for the values", channels, value_reduction)
         require(out_proj or value_reduction == 1, "out_proj=False needs value_reduction=1, got {}", value_reduction)
-        linear, dd = SpectralLinear if spectral_norm else nn.Linear, {"device": device, "dtype": dtype}
+        linear, dd = SpectralLinear if spectral_norm else Linear, {"device": device, "dtype": dtype}
         self.theta, self.phi = (linear(channels, d, qkv_bias, **dd) for _ in range(2))
         self.g = linear(channels, self.value_channels, qkv_bias, **dd)
         self.o = linear(self.value_channels, channels, False, **dd) if out_proj else None

@@ -22,6 +22,7 @@ from ...official import KeyMap, pointwise
 from ...ops._precision import at_least_float32, full_precision
 from ...ops.squeeze import position_mean
 from ...parts.gates import INITS
+from ...parts.linear import Linear
 from ...parts.spatial import project_columns, project_distribute, project_gather
 from ...validate import check_map, check_option
 
@@ -87,9 +88,9 @@ class SpatialPyramidGraph(Mechanism):
         self.levels = nn.ModuleList(
             nn.ModuleDict(
                 {
-                    "phi": nn.Linear(channels, hidden_channels, **dd),
-                    "attn": nn.Linear(channels, hidden_channels, **dd),
-                    "graph": nn.Linear(channels, channels, bias=False, **dd),
+                    "phi": Linear(channels, hidden_channels, **dd),
+                    "attn": Linear(channels, hidden_channels, **dd),
+                    "graph": Linear(channels, channels, bias=False, **dd),
                 }
             )
             for _ in range(num_levels)

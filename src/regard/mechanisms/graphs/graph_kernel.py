@@ -23,6 +23,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, Rule
 from ...ops import graph_kernels as gk
 from ...parts.heads import merge_heads, split_heads
+from ...parts.linear import Linear
 from ...parts.masks import zero_rows
 from ...validate import check_divisible, check_mask, check_option, check_tokens
 
@@ -109,8 +110,8 @@ class GraphKernelAttention(Mechanism):
         self.num_terms, self.feature_map, self.activation, self.qkv_bias, self.dropout = num_terms, feature_map, activation, qkv_bias, dropout
         self.kernel_products = {"random_walk": max(walk_length - 2, 0) + 1, "diffusion": num_heads, "taylor": num_heads}.get(kernel, 0)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, self.out_dim, qkv_bias, **dd) for _ in range(3))
-        self.out_proj = nn.Linear(self.out_dim, self.out_dim, **dd) if out_proj else None
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, self.out_dim, qkv_bias, **dd) for _ in range(3))
+        self.out_proj = Linear(self.out_dim, self.out_dim, **dd) if out_proj else None
         if kernel == "diffusion":
             self.heat_params = nn.Parameter(torch.ones(num_heads, **dd))
         if kernel == "taylor":

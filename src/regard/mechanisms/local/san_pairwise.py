@@ -22,6 +22,7 @@ from ...official import KeyMap, pointwise, rename
 from ...ops._precision import at_least_float32
 from ...ops.local_window import RELATIONS, Relation, Window, check_reach, inside_map, relate, window_apply
 from ...parts.affine_norm import affine_norm, check_statistics
+from ...parts.linear import Linear
 from ...parts.spatial import project_columns
 from ...validate import check_divisible, check_map, check_option
 
@@ -109,10 +110,10 @@ class PairwiseSelfAttention(Mechanism):
         self.position, self.padding_mode = position, padding_mode
         self.relation_channels = {"dot": 1, "concatenation": 2 * rel_channels}.get(relation, rel_channels) + 2 * position
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.phi, self.psi, self.beta = (nn.Linear(channels, width, **dd) for width in (rel_channels, rel_channels, out_channels))
-        self.places = nn.Linear(2, 2, **dd) if position else None
-        self.norm1, self.fc1 = nn.BatchNorm2d(self.relation_channels, **dd), nn.Linear(self.relation_channels, rel_channels, bias=False, **dd)
-        self.norm2, self.fc2 = nn.BatchNorm2d(rel_channels, **dd), nn.Linear(rel_channels, out_channels // share, **dd)
+        self.phi, self.psi, self.beta = (Linear(channels, width, **dd) for width in (rel_channels, rel_channels, out_channels))
+        self.places = Linear(2, 2, **dd) if position else None
+        self.norm1, self.fc1 = nn.BatchNorm2d(self.relation_channels, **dd), Linear(self.relation_channels, rel_channels, bias=False, **dd)
+        self.norm2, self.fc2 = nn.BatchNorm2d(rel_channels, **dd), Linear(rel_channels, out_channels // share, **dd)
 
     def forward(
         self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False

@@ -24,6 +24,7 @@ from ...official import KeyMap, pointwise, rename
 from ...ops._precision import at_least_float32
 from ...ops.local_window import Patches, Window, check_reach, inside_map, pad, pair_differences, window_apply, window_dots
 from ...parts.affine_norm import affine_norm, check_statistics
+from ...parts.linear import Linear
 from ...parts.spatial import project_columns
 from ...validate import check_divisible, check_map, check_option
 
@@ -113,9 +114,9 @@ class PatchwiseSelfAttention(Mechanism):
         count, groups = kernel_size**2, out_channels // share
         self.relation_channels = {"concatenation": rel_channels * (count + 1), "star": count, "clique": count**2}[relation]
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.phi, self.psi, self.beta = (nn.Linear(channels, width, **dd) for width in (rel_channels, rel_channels, out_channels))
-        self.norm1, self.fc1 = nn.BatchNorm2d(self.relation_channels, **dd), nn.Linear(self.relation_channels, groups, bias=False, **dd)
-        self.norm2, self.fc2 = nn.BatchNorm2d(groups, **dd), nn.Linear(groups, count * groups, **dd)
+        self.phi, self.psi, self.beta = (Linear(channels, width, **dd) for width in (rel_channels, rel_channels, out_channels))
+        self.norm1, self.fc1 = nn.BatchNorm2d(self.relation_channels, **dd), Linear(self.relation_channels, groups, bias=False, **dd)
+        self.norm2, self.fc2 = nn.BatchNorm2d(groups, **dd), Linear(groups, count * groups, **dd)
 
     def forward(
         self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False

@@ -20,6 +20,7 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise
 from ...ops.pairwise_affinity import affinity_weights, pairwise_attention
+from ...parts.linear import Linear
 from ...parts.norm import check_batch_statistics
 from ...parts.spatial import flatten_space, unflatten_space
 from ...validate import check_floating, check_map, check_option
@@ -82,14 +83,14 @@ class CoAttention(Mechanism):
         self.channels, self.mode, self.gate, self.gate_bias, self.fuse = channels, mode, gate, gate_bias, fuse
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         if mode == "vanilla":
-            self.linear_e = nn.Linear(channels, channels, bias=False, **dd)
+            self.linear_e = Linear(channels, channels, bias=False, **dd)
         elif mode == "symmetric":
-            self.proj = nn.Linear(channels, channels, bias=False, **dd)
+            self.proj = Linear(channels, channels, bias=False, **dd)
             self.diag = nn.Parameter(torch.ones(channels, **dd))
             nn.init.orthogonal_(self.proj.weight)
         else:
             self.diag_a, self.diag_b = (nn.Parameter(torch.ones(channels, **dd)) for _ in range(2))
-        self.gate_proj = nn.Linear(channels, 1, gate_bias, **dd) if gate else None
+        self.gate_proj = Linear(channels, 1, gate_bias, **dd) if gate else None
         if self.gate_proj is not None:
             nn.init.normal_(self.gate_proj.weight, std=0.01)
             if gate_bias:

@@ -19,8 +19,10 @@ from ...card import Card, Paper
 from ...errors import require, require_type
 from ...mechanism import Mechanism
 from ...official import KeyMap, rename
+from ...ops._linear import linear
 from ...ops._precision import at_least_float32
 from ...ops.softmax_attention import attend, attention_weights
+from ...parts.linear import Linear
 from ...parts.prior_maps import context_pool
 from ...validate import check_floating, check_mask, check_option, check_tokens
 
@@ -73,10 +75,10 @@ class ContextTransformer(Mechanism):
         self.dim, self.num_novel, self.mode = dim, num_novel, mode
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.register_buffer("scale", torch.full((1,), float(scale), **dd))
-        self.theta, self.phi, self.g = (nn.Linear(dim, dim, **dd) for _ in range(3))
+        self.theta, self.phi, self.g = (Linear(dim, dim, **dd) for _ in range(3))
         self.w_z = nn.Parameter(torch.zeros(dim, **dd))
-        self.target = nn.Linear(dim, num_novel, bias=False, **dd)
-        self.fc_base = nn.Linear(dim, dim, **dd) if mode == "incremental" else None
+        self.target = Linear(dim, num_novel, bias=False, **dd)
+        self.fc_base = Linear(dim, dim, **dd) if mode == "incremental" else None
         for layer in (self.theta, self.phi, self.g):
             nn.init.kaiming_normal_(layer.weight, mode="fan_out")
             nn.init.zeros_(layer.bias)
@@ -149,7 +151,7 @@ class ContextTransformer(Mechanism):
 
 def _residual(x: Tensor, layer: nn.Linear) -> Tensor:
     """W x + b + x as one product."""
-    return F.linear(x, layer.weight + torch.eye(layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype), layer.bias)
+    return linear(x, layer.weight + torch.eye(layer.in_features, device=layer.weight.device, dtype=layer.weight.dtype), layer.bias)
 
 
 def _rows(mask: Tensor | None) -> Tensor | None:

@@ -23,6 +23,7 @@ from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise, rename
 from ...ops._precision import at_least_float32, full_precision
+from ...parts.linear import Linear
 from ...validate import check_floating
 
 Pair = tuple[Tensor, Tensor]
@@ -69,7 +70,7 @@ class CrossAttentionFewShot(Mechanism):
         self.spatial_size, self.reduction, self.temperature = tuple(spatial_size), reduction, temperature
         self.positions, self.hidden_channels = positions, hidden
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.squeeze, self.norm, self.expand = nn.Linear(positions, hidden, **dd), nn.BatchNorm1d(hidden, **dd), nn.Linear(hidden, positions, **dd)
+        self.squeeze, self.norm, self.expand = Linear(positions, hidden, **dd), nn.BatchNorm1d(hidden, **dd), Linear(hidden, positions, **dd)
         for layer in (self.squeeze, self.expand):
             nn.init.normal_(layer.weight, std=(2 / layer.out_features) ** 0.5)
 

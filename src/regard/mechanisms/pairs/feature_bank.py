@@ -20,7 +20,9 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise
+from ...ops._linear import linear
 from ...ops.softmax_attention import attend, attention_weights
+from ...parts.linear import Linear
 from ...validate import check_mask, check_option, check_tokens
 
 MODES = ("nl", "avg", "max")
@@ -105,11 +107,11 @@ class LongTermFeatureBank(Mechanism):
         if mode != "nl":
             return
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.reduce_proj = nn.Linear(dim, latent_dim, **dd) if reduce_input else None
-        self.bank_proj = nn.Linear(self.bank_dim, latent_dim, **dd)
-        self.phi_g = nn.Linear(latent_dim, 2 * num_layers * latent_dim, **dd)  # of all layers, which read the same bank: phi, g, phi, g, ...
-        self.theta = nn.ModuleList(nn.Linear(self.width, latent_dim, **dd) for _ in range(num_layers))
-        self.out = nn.ModuleList(nn.Linear(latent_dim, self.width, **dd) for _ in range(num_layers))
+        self.reduce_proj = Linear(dim, latent_dim, **dd) if reduce_input else None
+        self.bank_proj = Linear(self.bank_dim, latent_dim, **dd)
+        self.phi_g = Linear(latent_dim, 2 * num_layers * latent_dim, **dd)  # of all layers, which read the same bank: phi, g, phi, g, ...
+        self.theta = nn.ModuleList(Linear(self.width, latent_dim, **dd) for _ in range(num_layers))
+        self.out = nn.ModuleList(Linear(latent_dim, self.width, **dd) for _ in range(num_layers))
         for name, parameter in self.named_parameters():
             nn.init.normal_(parameter, std=0.01) if name.endswith("weight") and not name.startswith("out") else nn.init.zeros_(parameter)
 
@@ -197,7 +199,7 @@ class LongTermFeatureBank(Mechanism):
 
     def _value(self, t: Tensor, layer: int) -> Tensor:
         g, shift = (p.unflatten(0, (self.num_layers, 2, -1))[layer, 1] for p in (self.phi_g.weight, self.phi_g.bias))
-        return F.linear(self.bank_proj(t), g, shift)
+        return linear(self.bank_proj(t), g, shift)
 
     def _step(self, a: Tensor, t: Tensor, layer: int) -> Tensor:
         if self.pre_act:

@@ -22,6 +22,7 @@ from ...errors import require, require_type
 from ...mechanism import Mechanism
 from ...ops.l1_affinity import l1_attention, l1_weights
 from ...parts.heads import checked_source, head_width, init_projections_, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...validate import check_bool, check_broadcastable, check_mask, check_option, check_tokens
 
 NORMALIZATIONS = ("center", "scale", "none")
@@ -111,14 +112,14 @@ class CompositionalDeAttention(Mechanism):
             of_sequences = [name for name, value in given.items() if value is not None]
             require(not of_sequences, "layout='pair' has no {}; leave it out", of_sequences)
             self.num_heads, self.head_dim, self.returns = 1, dim, ("a", "b", "weights")
-            self.affinity_proj, self.distance_proj = (nn.Linear(dim, dim, **dd) if proj else nn.Identity() for _ in range(2))
+            self.affinity_proj, self.distance_proj = (Linear(dim, dim, **dd) if proj else nn.Identity() for _ in range(2))
         else:
             require(proj, "layout='sequence' always projects, got proj={}", proj)
             self.num_heads = 8 if num_heads is None else num_heads
             self.head_dim = head_width(dim, self.num_heads, head_dim)
             width = self.num_heads * self.head_dim
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, width, qkv_bias, **dd) for _ in range(3))
-            self.out_proj = nn.Linear(width, dim, out_bias, **dd)
+            self.q_proj, self.k_proj, self.v_proj = (Linear(dim, width, qkv_bias, **dd) for _ in range(3))
+            self.out_proj = Linear(width, dim, out_bias, **dd)
             init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         self.width = self.num_heads * self.head_dim
         usual = 1.0 if layout == "pair" else self.head_dim**-0.5

@@ -22,6 +22,7 @@ from ...mechanism import Mechanism
 from ...ops.distance_pool import LOWEST, distance_pool, distance_weights
 from ...ops.softmax_attention import attend, combine_masks
 from ...parts.heads import check_position, check_streaming, head_width, init_projections_, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...parts.masks import zero_rows
 from ...validate import check_bool, check_broadcastable, check_map, check_mask, check_tokens
 
@@ -144,10 +145,10 @@ class ContextPool(Mechanism):
         if num_heads is not None:
             assert self.head_dim is not None
             self.inner = num_heads * self.head_dim
-            self.q_proj = nn.Linear(width, self.inner, qkv_bias, **dd)
-            self.k_proj = nn.Linear(width, self.inner, qkv_bias, **dd)
-            self.v_proj = nn.Linear(width, self.inner, qkv_bias, **dd)
-            self.out_proj = nn.Linear(self.inner, width, out_bias, **dd)
+            self.q_proj = Linear(width, self.inner, qkv_bias, **dd)
+            self.k_proj = Linear(width, self.inner, qkv_bias, **dd)
+            self.v_proj = Linear(width, self.inner, qkv_bias, **dd)
+            self.out_proj = Linear(self.inner, width, out_bias, **dd)
             init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
 
     def forward(

@@ -30,6 +30,7 @@ from ...ops.linear_attention import (
 from ...ops.linear_attention.streaming import EfficientState, efficient_start, efficient_step
 from ...parts.gates import INITS
 from ...parts.heads import check_position, check_streaming, checked_source, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...parts.norm import zero_init_
 from ...validate import check_divisible, check_map, check_option
 
@@ -130,10 +131,10 @@ class EfficientAttention(Mechanism):
         self.key_head, self.value_head = self.key_width // self.num_heads, self.value_width // self.num_heads
         self.normalization, self.causal, self.dropout = normalization, causal, dropout
         self.residual = self.layout == "map" if residual is None else residual
-        self.queries = nn.Linear(width, self.key_width, device=device, dtype=dtype)
-        self.keys = nn.Linear(width, self.key_width, device=device, dtype=dtype)
-        self.values = nn.Linear(width, self.value_width, device=device, dtype=dtype)
-        self.reprojection = nn.Linear(self.value_width, width, device=device, dtype=dtype)
+        self.queries = Linear(width, self.key_width, device=device, dtype=dtype)
+        self.keys = Linear(width, self.key_width, device=device, dtype=dtype)
+        self.values = Linear(width, self.value_width, device=device, dtype=dtype)
+        self.reprojection = Linear(self.value_width, width, device=device, dtype=dtype)
         check_option(init, INITS, "init")
         require(init == "default" or self.residual, "init='identity' needs residual=True, beside which the last layer starts at zero")
         self.init = init

@@ -23,6 +23,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap
 from ...ops.gated_attention import gated_attention, gated_weights
 from ...parts.gated import Activation, NormKind, check_gated, init_gated_, input_norm, relative_scores, split_projection
+from ...parts.linear import Linear
 from ...validate import check_bool, check_broadcastable, check_mask, check_option, check_tokens
 
 
@@ -99,10 +100,10 @@ class GatedAttentionUnit(Mechanism):
         self.widths = [self.hidden_dim, self.hidden_dim, qk_dim]
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = input_norm(norm, dim, **dd)
-        self.proj = nn.Linear(dim, sum(self.widths), **dd)
+        self.proj = Linear(dim, sum(self.widths), **dd)
         self.gamma, self.beta = (nn.Parameter(torch.empty(2, qk_dim, **dd)) for _ in range(2))
         self.rel_pos_bias = relative_scores(rel_pos, qk_dim, causal, max_len, **dd)
-        self.out_proj = nn.Linear(self.hidden_dim, dim, **dd)
+        self.out_proj = Linear(self.hidden_dim, dim, **dd)
         init_gated_(self.proj, self.out_proj, self.gamma, self.beta)
 
     def forward(

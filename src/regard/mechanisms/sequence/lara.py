@@ -30,6 +30,7 @@ from ...ops.importance_sampling import Mixture, mixture_attention, mixture_weigh
 from ...ops.softmax_attention import attend_key_bias
 from ...parts.heads import checked_source, head_width, init_truncated_, merge_heads, split_heads
 from ...parts.landmarks import LandmarkNet, cell_means, segments_present
+from ...parts.linear import Linear
 from ...validate import check_floating, check_option
 
 PROPOSALS = ("pool", "pool-mixed", "pool-vmixed", "no-param-pool", "no-param-pool-mixed", "no-param-pool-vmixed", "adaptive-1d")
@@ -132,10 +133,10 @@ class LinearRandomizedAttention(Mechanism):
         if self.landmarks != num_landmarks:
             warnings.warn(f"num_landmarks={num_landmarks} is no square: {self.landmarks} landmarks are pooled", stacklevel=2)
         dd = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, self.width, qkv_bias, **dd)
-        self.k_proj = nn.Linear(dim, self.width, qkv_bias, **dd)
-        self.v_proj = nn.Linear(dim, self.width, qkv_bias, **dd)
-        self.out_proj = nn.Linear(self.width, dim, out_bias, **dd)
+        self.q_proj = Linear(dim, self.width, qkv_bias, **dd)
+        self.k_proj = Linear(dim, self.width, qkv_bias, **dd)
+        self.v_proj = Linear(dim, self.width, qkv_bias, **dd)
+        self.out_proj = Linear(self.width, dim, out_bias, **dd)
         self.net_width = 0 if proposal.startswith("no-param") else self.width if pool_module == "dense" else self.head_dim
         if self.net_width:
             self.q_proposal, self.k_proposal = LandmarkNet(self.net_width, **dd), LandmarkNet(self.net_width, **dd)

@@ -24,6 +24,7 @@ from ...ops.linear_attention import causal_memory_attention, chunk_size
 from ...ops.linear_attention.streaming import LunaState, luna_start, luna_step
 from ...ops.softmax_attention import attend, attention_weights
 from ...parts.heads import check_position, check_streaming, checked_source, head_width, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...validate import check_divisible, check_mask, check_tokens
 
 
@@ -109,9 +110,9 @@ class LunaAttention(Mechanism):
         names = {"pq_proj": dim, "q_proj": dim} | dict.fromkeys(["pc_proj"] if tie_kv or causal else ["pk_proj", "pv_proj"], self.context_dim)
         names |= dict.fromkeys(["c_proj"] if tie_kv else ["k_proj", "v_proj"], dim)
         for name, width in names.items():
-            setattr(self, name, nn.Linear(width, dim, qkv_bias, device=device, dtype=dtype))
+            setattr(self, name, Linear(width, dim, qkv_bias, device=device, dtype=dtype))
             nn.init.xavier_uniform_(getattr(self, name).weight, gain=2**-0.5)
-        self.out_proj = nn.Linear(dim, dim, out_bias, device=device, dtype=dtype)
+        self.out_proj = Linear(dim, dim, out_bias, device=device, dtype=dtype)
         nn.init.xavier_uniform_(self.out_proj.weight)
         if out_bias:
             nn.init.zeros_(self.out_proj.bias)

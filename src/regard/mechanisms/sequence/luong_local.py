@@ -25,6 +25,7 @@ from ...ops import _dispatch
 from ...ops._precision import at_least_float32, full_precision
 from ...ops.aligned_window import gather_runs, run_dots, run_sums
 from ...ops.softmax_attention import rows_of
+from ...parts.linear import Linear
 from ...parts.luong import Score, attentional, checked_step, in_rows, luong_layers, normalized, queries_and_keys, scores
 from ...validate import check_option
 
@@ -113,8 +114,8 @@ class LuongLocalAttention(Mechanism):
         self.score_bias, self.out_bias, self.activation, self.dropout = score_bias, out_bias, activation, dropout
         layers = luong_layers(dim, self.context_dim, score, None, score_bias, out_bias, device=device, dtype=dtype)
         if mode == "predictive":
-            layers["linear_p"] = nn.Linear(dim, dim, False, device=device, dtype=dtype)
-            layers["v_p"] = nn.Linear(dim, 1, False, device=device, dtype=dtype)
+            layers["linear_p"] = Linear(dim, dim, False, device=device, dtype=dtype)
+            layers["v_p"] = Linear(dim, 1, False, device=device, dtype=dtype)
         for name, layer in layers.items():
             self.add_module(name, layer)
 

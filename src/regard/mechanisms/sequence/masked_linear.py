@@ -27,6 +27,7 @@ from ...ops.linear_attention import chunk_size, full_precision, linear_attention
 from ...ops.linear_attention.running import RunningSums, running_start, running_step
 from ...parts.feature_maps import kernel_features, random_projection
 from ...parts.heads import check_position, checked_source, head_width, init_projections_, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...validate import check_option
 
 ACTIVATIONS = {"abs": torch.abs, "exp": torch.exp, "none": lambda t: t}
@@ -165,8 +166,8 @@ class MaskedLinearAttention(Mechanism):
         self.m, self.p, self.axes = self.num_features or d, num_prefix_tokens, len(sides)  # as the cost formula calls them
         self.chunk, self.dense_up_to = chunk_size(self.m + 1, d + 1), toeplitz_dense_up_to(self.axes, self.m, d + 1, causal)
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, num_heads * d, qkv_bias, **dd) for _ in range(3))
-        self.out_proj = nn.Linear(num_heads * d, dim, out_bias, **dd)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, num_heads * d, qkv_bias, **dd) for _ in range(3))
+        self.out_proj = Linear(num_heads * d, dim, out_bias, **dd)
         init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         start = torch.zeros if rpe_activation == "exp" else torch.ones
         self.rpe = nn.Parameter(start(num_heads, *(2 * n - 1 for n in sides), **dd)) if sides else None

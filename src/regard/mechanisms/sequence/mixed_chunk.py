@@ -23,6 +23,7 @@ from ...ops.gated_attention import gated_attention, gated_weights
 from ...ops.gated_attention.streaming import MixedChunkState, mixed_chunk_start, mixed_chunk_step
 from ...parts.gated import Activation, NormKind, check_gated, init_gated_, input_norm, relative_scores, split_projection
 from ...parts.heads import check_position, check_streaming
+from ...parts.linear import Linear
 from ...parts.positions import rotary
 from ...validate import check_mask, check_option, check_tokens
 
@@ -130,10 +131,10 @@ class MixedChunkAttention(Mechanism):
         self.widths, self.shifted = [self.hidden_dim, self.hidden_dim, qk_dim], (dim + 1) // 2 if shift_tokens else 0
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         self.norm = input_norm(norm, dim, **dd)
-        self.proj = nn.Linear(dim, sum(self.widths), **dd)
+        self.proj = Linear(dim, sum(self.widths), **dd)
         self.gamma, self.beta = (nn.Parameter(torch.empty(4, qk_dim, **dd)) for _ in range(2))
         self.rel_pos_bias = relative_scores(rel_pos, qk_dim, causal, **dd)
-        self.out_proj = nn.Linear(self.hidden_dim, dim, **dd)
+        self.out_proj = Linear(self.hidden_dim, dim, **dd)
         init_gated_(self.proj, self.out_proj, self.gamma, self.beta)
 
     def forward(

@@ -22,6 +22,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, rename
 from ...ops.multiresolution import Resolution, multiresolution, multiresolution_weights, refined_blocks
 from ...parts.heads import head_width, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...validate import check_mask, check_option, check_tokens
 
 _BLOCKS = "ceil(N/block_size)"
@@ -115,10 +116,10 @@ class MRAttention(Mechanism):
         self.qkv_bias, self.out_bias, self.dropout = qkv_bias, out_bias, dropout
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width = num_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.k_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.v_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.out_proj = nn.Linear(width, dim, out_bias, **dd) if out_proj else None
+        self.q_proj = Linear(dim, width, qkv_bias, **dd)
+        self.k_proj = Linear(dim, width, qkv_bias, **dd)
+        self.v_proj = Linear(dim, width, qkv_bias, **dd)
+        self.out_proj = Linear(width, dim, out_bias, **dd) if out_proj else None
         for linear in filter(None, (self.q_proj, self.k_proj, self.v_proj, self.out_proj)):
             nn.init.normal_(linear.weight, std=0.02)
             if linear.bias is not None:

@@ -18,6 +18,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, fused
 from ...ops.softmax_attention import attend, attention_weights, causal_mask, combine_masks, rows_of
 from ...parts.heads import checked_source, head_width, init_projections_, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...parts.positions import RelativeBias, position_bias, rotate
 from ...validate import check_bool, check_broadcastable, check_divisible, check_floating
 
@@ -108,10 +109,10 @@ class MultiHeadAttention(Mechanism):
         self.max_len, self.num_buckets, self.max_distance = max_len, num_buckets, max_distance
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width, kv_width = num_heads * self.head_dim, self.num_kv_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, width, qkv_bias, **dd)
-        self.k_proj = nn.Linear(self.context_dim, kv_width, qkv_bias, **dd)
-        self.v_proj = nn.Linear(self.context_dim, kv_width, qkv_bias, **dd)
-        self.out_proj = nn.Linear(width, dim, out_bias, **dd)
+        self.q_proj = Linear(dim, width, qkv_bias, **dd)
+        self.k_proj = Linear(self.context_dim, kv_width, qkv_bias, **dd)
+        self.v_proj = Linear(self.context_dim, kv_width, qkv_bias, **dd)
+        self.out_proj = Linear(width, dim, out_bias, **dd)
         init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         self.q_norm = nn.RMSNorm(self.head_dim, 1e-6, **dd) if qk_norm else nn.Identity()
         self.k_norm = nn.RMSNorm(self.head_dim, 1e-6, **dd) if qk_norm else nn.Identity()

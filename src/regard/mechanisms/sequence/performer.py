@@ -29,6 +29,7 @@ from ...ops.linear_attention.streaming import PerformerState, performer_start, p
 from ...ops.softmax_attention import causal_mask, combine_masks
 from ...parts.feature_maps import FeatureMap, counts_as_forward, largest, projection_per_head, random_projection, running
 from ...parts.heads import check_position, check_streaming, checked_source, head_width, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...parts.positions import rotate
 from ...validate import check_option
 
@@ -151,10 +152,10 @@ class PerformerAttention(Mechanism):
         self._map = FeatureMap(feature_map, self.eps, eps_inside_ratio, kernel_fn or F.relu)
         self._calls = 0
         dd = {"device": device, "dtype": dtype}
-        self.q_proj = nn.Linear(dim, num_heads * d, qkv_bias, **dd)
-        self.k_proj = nn.Linear(self.context_dim, num_heads * d, qkv_bias, **dd)
-        self.v_proj = nn.Linear(self.context_dim, num_heads * d, qkv_bias, **dd)
-        self.out_proj = nn.Linear(num_heads * d, dim, out_bias, **dd)
+        self.q_proj = Linear(dim, num_heads * d, qkv_bias, **dd)
+        self.k_proj = Linear(self.context_dim, num_heads * d, qkv_bias, **dd)
+        self.v_proj = Linear(self.context_dim, num_heads * d, qkv_bias, **dd)
+        self.out_proj = Linear(num_heads * d, dim, out_bias, **dd)
         self.q_scale = nn.Parameter(torch.ones(num_heads, 1, d, **dd)) if normalize_qk else None
         self.k_scale = nn.Parameter(torch.ones(num_heads, 1, d, **dd)) if normalize_qk else None
         self.projection: Tensor | None

@@ -32,6 +32,7 @@ from ...ops.mixture_attention import (
 )
 from ...ops.softmax_attention import combine_masks
 from ...parts.heads import checked_source, head_width, init_projections_, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...parts.spatial import flatten_space, project_rows, project_to_map
 from ...validate import check_bool, check_broadcastable, check_floating, check_map, check_mask, check_option, check_tokens
 
@@ -144,8 +145,8 @@ class ProbabilisticAttention(Mechanism):
         if width is not None and self.head_dim is not None:
             self.score_dim = self.head_dim + int(not magnitude_priors or isinstance(beta, Tensor) or beta != 0)
             inner, dd = num_heads * self.head_dim, {"device": device, "dtype": dtype}
-            self.q_proj, self.k_proj, self.v_proj = (nn.Linear(width, inner, qkv_bias, **dd) for _ in range(3))
-            self.out_proj = nn.Linear(inner, width, out_bias, **dd)
+            self.q_proj, self.k_proj, self.v_proj = (Linear(width, inner, qkv_bias, **dd) for _ in range(3))
+            self.out_proj = Linear(inner, width, out_bias, **dd)
             init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
 
     def forward(

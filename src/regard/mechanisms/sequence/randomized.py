@@ -14,7 +14,7 @@ from typing import ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...card import Card, Paper
 from ...errors import require, require_type
@@ -23,6 +23,7 @@ from ...official import KeyMap, fused, rename
 from ...ops.importance_sampling import draw_features, feature_attention, feature_weights
 from ...ops.softmax_attention import causal_mask, combine_masks, rows_of
 from ...parts.heads import checked_source, head_width, init_truncated_, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...validate import check_bool, check_broadcastable, check_floating
 
 
@@ -89,10 +90,10 @@ class RandomizedAttention(Mechanism):
         self.num_samples, self.noise_std, self.dropout, self.causal = num_samples, noise_std, dropout, causal
         self.qkv_bias, self.out_bias = qkv_bias, out_bias
         width = num_heads * self.head_dim
-        self.q_proj = nn.Linear(dim, width, qkv_bias, device=device, dtype=dtype)
-        self.k_proj = nn.Linear(dim, width, qkv_bias, device=device, dtype=dtype)
-        self.v_proj = nn.Linear(dim, width, qkv_bias, device=device, dtype=dtype)
-        self.out_proj = nn.Linear(width, dim, out_bias, device=device, dtype=dtype)
+        self.q_proj = Linear(dim, width, qkv_bias, device=device, dtype=dtype)
+        self.k_proj = Linear(dim, width, qkv_bias, device=device, dtype=dtype)
+        self.v_proj = Linear(dim, width, qkv_bias, device=device, dtype=dtype)
+        self.out_proj = Linear(width, dim, out_bias, device=device, dtype=dtype)
         init_truncated_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
 
     def forward(

@@ -16,7 +16,7 @@ from typing import Any, ClassVar, Literal
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float
-from torch import Tensor, nn
+from torch import Tensor
 
 from ...card import Card, Paper
 from ...errors import require
@@ -24,6 +24,7 @@ from ...mechanism import Mechanism
 from ...ops.linear_attention import full_precision, ring_product, ring_weights
 from ...parts.feature_maps import kernel_features, random_projection
 from ...parts.heads import head_width, init_projections_, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...validate import check_map, check_mask, check_option, check_tokens
 
 # Multiply-adds for a position (ops/linear_attention/rings.py): all positions, or those that a tile of 64 meets, or R box sums of every column.
@@ -119,9 +120,9 @@ class RippleAttention(Mechanism):
         # As the cost formula calls them; rows, or else columns, of a free grid.
         self.m, (self.rows, self.columns) = self.num_features or d, (max(side, 0) for side in self.grid_size or (0, 1))
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
-        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(dim, num_heads * d, qkv_bias, **dd) for _ in range(3))
-        self.out_proj = nn.Linear(num_heads * d, dim, out_bias, **dd)
-        self.spatial_proj = nn.Linear(dim, num_heads * max_radius, **dd)
+        self.q_proj, self.k_proj, self.v_proj = (Linear(dim, num_heads * d, qkv_bias, **dd) for _ in range(3))
+        self.out_proj = Linear(num_heads * d, dim, out_bias, **dd)
+        self.spatial_proj = Linear(dim, num_heads * max_radius, **dd)
         init_projections_(self.q_proj, self.k_proj, self.v_proj, self.out_proj)
         with torch.no_grad():
             equal = -torch.arange(max_radius, 0, -1, device=device, dtype=torch.float32).log()  # logit(1 / (R + 1 - r))

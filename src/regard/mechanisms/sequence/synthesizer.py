@@ -24,6 +24,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap, Rule
 from ...ops.softmax_attention import causal_mask, combine_masks, rows_of
 from ...parts.heads import check_position, check_streaming, checked_source, head_width, init_projections_, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...parts.synthetic import (
     DenseScores,
     FactorizedDenseScores,
@@ -160,10 +161,10 @@ class Synthesizer(Mechanism):
 
         dd: dict[str, Any] = {"device": device, "dtype": dtype}
         width, hidden = num_heads * self.head_dim, (dim, num_heads, self.hidden_dim)
-        self.v_proj = nn.Linear(self.context_dim, width, qkv_bias, **dd)
-        self.out_proj = nn.Linear(width, dim, out_bias, **dd)
-        self.q_proj = nn.Linear(dim, width, qkv_bias, **dd) if "vanilla" in self.modes else None
-        self.k_proj = nn.Linear(self.context_dim, width, qkv_bias, **dd) if "vanilla" in self.modes else None
+        self.v_proj = Linear(self.context_dim, width, qkv_bias, **dd)
+        self.out_proj = Linear(width, dim, out_bias, **dd)
+        self.q_proj = Linear(dim, width, qkv_bias, **dd) if "vanilla" in self.modes else None
+        self.k_proj = Linear(self.context_dim, width, qkv_bias, **dd) if "vanilla" in self.modes else None
         init_projections_(self.q_proj or self.v_proj, self.k_proj or self.v_proj, self.v_proj, self.out_proj)
         if "dense" in self.modes:
             self.dense = DenseScores(*hidden, max_len, share_w2, **dd)

@@ -24,6 +24,7 @@ from ...mechanism import Mechanism
 from ...official import KeyMap
 from ...ops.sparse_recon import SHRINK, fourier_recon, largest_singular, sparse_recon
 from ...parts.heads import head_width, merge_heads, split_heads
+from ...parts.linear import Linear
 from ...validate import check_option, check_tokens
 
 _HEADS = "2*B*N*dim*(3*dim + 3*atoms) + 2*B*N*num_heads*atoms**2 + 2*B*num_heads*all_atoms**2*(2*all_atoms*(num_steps > 0) + num_steps*head_dim)"
@@ -116,7 +117,7 @@ class VARS(Mechanism):
             k = torch.randn(dim, code_ratio, 1, *spectrum, **dd)
             self.kernel = nn.Parameter(k / (k.square().sum((2, 3, 4, 5), keepdim=True) * 2 / (height * width)).sqrt())
             self.kernel2 = nn.Parameter(0.02 * torch.randn(dim, 1, 1, *spectrum, **dd))
-            self.v = nn.Linear(dim, dim, qkv_bias, **dd)
+            self.v = Linear(dim, dim, qkv_bias, **dd)
             self.norm1 = nn.ModuleDict({"bn": nn.BatchNorm1d(dim, **dd)})
             self.register_buffer("L", torch.ones(dim, **dd))
             self.update_L(1.0)
@@ -124,14 +125,14 @@ class VARS(Mechanism):
             self.head_dim = head_width(dim, num_heads, None)
             self.atoms = feature_ratio * self.head_dim
             self.all_atoms = self.atoms * (2 if variant == "sd" else 1)
-            self.qkv = nn.Linear(dim, 2 * dim, qkv_bias, **dd)
+            self.qkv = Linear(dim, 2 * dim, qkv_bias, **dd)
             self.register_buffer("rand_matrix", torch.randn(num_heads, self.head_dim, self.atoms, **dd))
             if variant == "sd":
                 self.kernel = nn.Parameter(torch.randn(1, num_heads, height * width, self.atoms, **dd))
             self.learned_k = nn.Parameter(torch.eye(self.all_atoms, **dd))
             self.learned_lam = nn.Parameter(torch.ones(1, **dd))
             self.learned_L = nn.Parameter(torch.ones(1, **dd))
-        self.proj = nn.Linear(dim, dim, **dd)
+        self.proj = Linear(dim, dim, **dd)
 
     def key_maps(self) -> tuple[KeyMap, ...]:
         return self.official[1:] if self.variant == "s" else self.official[:1]

@@ -19,6 +19,7 @@ from ...card import Card
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, rename
+from ...parts.linear import Linear
 from ...parts.masks import zero_rows
 from ...parts.set_blocks import ISAB, PMA, SAB, SET_TRANSFORMER
 from ...validate import check_mask, check_option, check_tokens
@@ -96,7 +97,7 @@ class SetTransformer(Mechanism):
         self.dec = nn.Sequential(
             PMA(hidden_dim, num_heads, num_outputs, **dd),
             *(SAB(hidden_dim, num_heads, **dd) for _ in range(decoder_depth)),
-            nn.Linear(hidden_dim, out_dim, device=device, dtype=dtype),
+            Linear(hidden_dim, out_dim, device=device, dtype=dtype),
         )
 
     def key_maps(self) -> tuple[KeyMap, ...]:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from .._linear import linear, linear_gradients
 from .._operator import operator
 
 CPU, OTHER = 2**19, 2**26  # numbers of the wide layer at a time; 2 MB stay in the cache
@@ -22,7 +23,7 @@ def _forward(x: Tensor, weight_1: Tensor, bias_1: Tensor, weight_2: Tensor, bias
     out = x.new_empty(*x.shape[:-1], len(bias_2))
     flat, found = x.reshape(-1, x.shape[-1]), out.view(-1, len(bias_2))
     for piece in _pieces(flat, len(bias_1)):
-        torch.addmm(bias_2, torch.addmm(bias_1, flat[piece], weight_1.mT).relu_(), weight_2.mT, out=found[piece])
+        found[piece] = linear(linear(flat[piece], weight_1, bias_1).relu_(), weight_2, bias_2)
     return out
 
 
@@ -35,10 +36,11 @@ def _backward(
     sums = [torch.zeros(t.shape, dtype=torch.promote_types(t.dtype, torch.float32), device=t.device) for t in weights]
     for piece in _pieces(flat, len(bias_1)):
         here, g = flat[piece], grads[piece]
-        wide = torch.addmm(bias_1, here, weight_1.mT).relu_()
-        d_wide = (g @ weight_2).masked_fill_(wide <= 0, 0.0)
-        torch.mm(d_wide, weight_1, out=dx[piece])
-        for total, part in zip(sums, (d_wide.mT @ here, d_wide.sum(0), g.mT @ wide, g.sum(0)), strict=True):
+        wide = linear(here, weight_1, bias_1).relu_()
+        d_wide, d2 = linear_gradients(g, wide, weight_2)
+        d_wide.masked_fill_(wide <= 0, 0.0)
+        dx[piece], d1 = linear_gradients(d_wide, here, weight_1)
+        for total, part in zip(sums, (d1, d_wide.sum(0), d2, g.sum(0)), strict=True):
             total += part
     d1, e1, d2, e2 = (s.to(t.dtype) for s, t in zip(sums, weights, strict=True))
     return dx.view(x.shape), d1, e1, d2, e2

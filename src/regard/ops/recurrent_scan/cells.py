@@ -11,6 +11,8 @@ from typing import ClassVar
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._linear import linear
+
 EPS = 1e-5
 NORM = ("ln_hh.weight", "ln_hh.bias")
 Weights = Mapping[str, Tensor]
@@ -133,7 +135,7 @@ def project(cell: Cell, x: Tensor, weights: Weights) -> Tensor:
     """All that the inputs and the free biases give to the gates, for every step at once: (..., k H)."""
     bias = free_bias(cell, weights)
     if not cell.layer_norm:
-        return F.linear(x, weights["weight_ih"], bias)
-    a = F.linear(x, weights["weight_ih"])
+        return linear(x, weights["weight_ih"], bias)
+    a = linear(x, weights["weight_ih"])
     a = F.layer_norm(a, a.shape[-1:], weights["ln_ih.weight"], weights["ln_ih.bias"], EPS)
     return a if bias is None else a + bias

@@ -71,6 +71,7 @@ def _(
 def _keep(ctx: Any, inputs: tuple[Any, ...], output: Sequence[Tensor]) -> None:
     ctx.cell, _, state, params, mask = inputs
     ctx.sizes, ctx.masked = (len(output), len(state)), mask is not None
+    ctx.set_materialize_grads(False)  # zeros for gates that nobody used would be as large as the gates
     ctx.save_for_backward(*output, *state, *params, *([mask] if ctx.masked else []))
 
 

@@ -4,6 +4,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from .._linear import linear
 from .._precision import at_least_float32, full_precision
 from . import reference, rows
 
@@ -43,7 +44,7 @@ def row_attention(
             bias = bias.to(at_least_float32(x))
         impl = _dispatch.choose("shared_bias_attention", *_automatic(x, whole))
         if impl == "kept":
-            return rows.attention(x @ whole.mT, None, gate_bias, out_weight, out_bias, bias, mask, num_heads).to(given)
+            return rows.attention(linear(x, whole), None, gate_bias, out_weight, out_bias, bias, mask, num_heads).to(given)
         return (reference if impl == "reference" else rows).attention(x, whole, gate_bias, out_weight, out_bias, bias, mask, num_heads).to(given)
 
 

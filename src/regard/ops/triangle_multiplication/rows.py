@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from .. import _dispatch
+from .._linear import linear, linear_gradients
 from .._operator import operator
 
 CPU, OTHER = 2**19, 2**26  # projected numbers at a time; 2 MB stay in the cache
@@ -26,7 +27,7 @@ def _flat(z: Tensor) -> Tensor:
 
 def _projected(z: Tensor, weight: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
     """Values and gates, (m, 2 c) each."""
-    values, gates = torch.addmm(bias, z, weight.mT).chunk(2, 1)
+    values, gates = linear(z, weight, bias).chunk(2, 1)
     return values, gates.sigmoid_()
 
 
@@ -53,8 +54,9 @@ def _project_backward(grad_a: Tensor, grad_b: Tensor, z: Tensor, weight: Tensor,
             g *= mask[i, rows].reshape(-1, 1)
         g *= gates
         dy = torch.cat((g, values.mul_(g).mul_(1 - gates)), 1)
-        torch.mm(dy, weight, out=dz[i, rows].flatten(0, 1))
-        d_weight.addmm_(dy.mT, here)
+        back, found = linear_gradients(dy, here, weight)
+        dz[i, rows].flatten(0, 1).copy_(back)
+        d_weight += found
         d_bias += dy.sum(0)
     return [dz, d_weight, d_bias]
 
@@ -65,8 +67,8 @@ def _emit(
     out = z.new_empty(*z.shape[:3], len(bias))
     for i, rows in _pieces(z, len(norm_weight) + len(bias)):
         normed = torch.layer_norm(x[i, :, rows].flatten(1).mT.contiguous(), norm_weight.shape, norm_weight, norm_bias, eps)
-        found = torch.addmm(bias, normed, weight.mT, out=out[i, rows].flatten(0, 1))
-        found *= torch.addmm(gate_bias, _flat(z[i, rows]), gate_weight.mT).sigmoid_()
+        gate = linear(_flat(z[i, rows]), gate_weight, gate_bias).sigmoid_()
+        torch.mul(linear(normed, weight, bias), gate, out=out[i, rows].flatten(0, 1))
     return out
 
 
@@ -88,16 +90,18 @@ def _emit_backward(
     for i, rows in _pieces(z, len(norm_weight) + len(bias)):
         turned, here, g = x[i, :, rows].flatten(1).mT.contiguous(), _flat(z[i, rows]), _flat(grad[i, rows])
         normed, mean, rstd = torch.native_layer_norm(turned, norm_weight.shape, norm_weight, norm_bias, eps)
-        gate = torch.addmm(gate_bias, here, gate_weight.mT).sigmoid_()
+        gate = linear(here, gate_weight, gate_bias).sigmoid_()
         dy = g * gate
-        d_gate = torch.addmm(bias, normed, weight.mT).mul_(dy).mul_(1 - gate)
-        torch.mm(d_gate, gate_weight, out=dz[i, rows].flatten(0, 1))
-        d_gate_weight.addmm_(d_gate.mT, here)
+        d_gate = linear(normed, weight, bias).mul_(dy).mul_(1 - gate)
+        back, found = linear_gradients(d_gate, here, gate_weight)
+        dz[i, rows].flatten(0, 1).copy_(back)
+        d_gate_weight += found
         d_gate_bias += d_gate.sum(0)
-        d_weight.addmm_(dy.mT, normed)
+        d_normed, found = linear_gradients(dy, normed, weight)
+        d_weight += found
         d_bias += dy.sum(0)
         masks = [True, True, True]
-        back = torch.ops.aten.native_layer_norm_backward(dy @ weight, turned, norm_weight.shape, mean, rstd, norm_weight, norm_bias, masks)
+        back = torch.ops.aten.native_layer_norm_backward(d_normed, turned, norm_weight.shape, mean, rstd, norm_weight, norm_bias, masks)
         dx[i, :, rows] = back[0].mT.unflatten(1, (-1, z.shape[2]))
         d_norm_weight += back[1]
         d_norm_bias += back[2]

@@ -4,12 +4,14 @@ from typing import Any, Literal
 
 from torch import Tensor, nn
 
+from ..linear import Linear
+
 Start = Literal["default", "relu", "glorot", "gate", "final", "normal"]
 
 
 def linear(into: int, out: int, start: Start = "default", bias: bool = True, **dd: Any) -> nn.Linear:
     """Weights: LeCun's truncated normal or, before a ReLU, He's; Glorot's uniform; zero for gates (bias 1) and ends; normal for biases of scores."""
-    layer = nn.Linear(into, out, bias, **dd)
+    layer = Linear(into, out, bias, **dd)
     match start:
         case "glorot":
             nn.init.xavier_uniform_(layer.weight)
