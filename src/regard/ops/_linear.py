@@ -28,7 +28,10 @@ def _convolves(x: Tensor, weight: Tensor) -> bool:
         return False
     if x.numel() * weight.shape[0] < SMALLEST or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return False
-    return torch.get_num_threads() > 1 or x.numel() // x.shape[-1] % 16 == 0
+    rows = x.numel() // x.shape[-1]
+    if 2 * rows < max(weight.shape):  # its copies of the weight would be the largest thing
+        return False
+    return torch.get_num_threads() > 1 or rows % 16 == 0
 
 
 def linear_gradients(grad: Tensor, x: Tensor, weight: Tensor) -> tuple[Tensor, Tensor]:

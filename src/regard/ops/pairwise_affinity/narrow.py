@@ -11,14 +11,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from .._linear import linear
 from .._operator import operator
 
-BLOCK_BYTES = 1 << 20
+BLOCK_BYTES = 2 << 20
 SMALL = 40.0
 
 
 def _rows(keys: int, like: Tensor) -> int:
-    return max(1, BLOCK_BYTES // (keys * like.element_size()))
+    """A multiple of 16, which the products of `linear` like."""
+    return max(16, BLOCK_BYTES // (keys * like.element_size()) // 16 * 16)
 
 
 def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Tensor]:
@@ -27,7 +29,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
     step = _rows(k.shape[1], q)
     buffer = q.new_empty(step, k.shape[1])
     for b in range(q.shape[0]):
-        keys, values = (scale * k[b]).mT, v[b]
+        keys, values = (scale * k[b]).mT, v[b].mT.contiguous()
         # No score is larger than this product of norms: small ones need no maximum taken off before their exponentials.
         small = bool(q[b].norm(dim=1).amax() * keys.norm(dim=0).amax() < SMALL)
         for i in range(0, q.shape[1], step):
@@ -36,8 +38,7 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
             torch.mm(q[b, rows], keys, out=scores)
             top = scores.new_zeros(1) if small else scores.amax(1, keepdim=True)
             total = (scores if small else scores.sub_(top)).exp_().sum(1, keepdim=True)
-            torch.mm(scores, values, out=out[b, rows])
-            out[b, rows].div_(total)
+            torch.div(linear(scores, values), total, out=out[b, rows])
             lse[b, rows] = total.log_().add_(top)[:, 0]
     return out, lse
 
@@ -45,16 +46,16 @@ def _forward(q: Tensor, k: Tensor, v: Tensor, scale: float) -> tuple[Tensor, Ten
 def _backward(dy: Tensor, dlse: Tensor, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor, scale: float) -> tuple[Tensor, Tensor, Tensor]:
     dq, dk, dv = (t.new_zeros(t.shape) for t in (q, k, v))
     step = _rows(k.shape[1], q)
-    weights, gradient = q.new_empty(2, step, k.shape[1])
+    weights = q.new_empty(step, k.shape[1])
     for b in range(q.shape[0]):
         keys, values = F.pad(scale * k[b], (0, 1), value=1.0), F.pad(v[b], (0, 1), value=1.0)
         queries, cotangents = torch.cat((q[b], -lse[b, :, None]), 1), torch.cat((dy[b], -(dy[b] * out[b]).sum(1, keepdim=True)), 1)
         for i in range(0, q.shape[1], step):
             rows = slice(i, i + step)
-            w, ds = (t[: q[b, rows].shape[0]] for t in (weights, gradient))
+            w = weights[: q[b, rows].shape[0]]
             torch.mm(queries[rows], keys.mT, out=w).exp_()
             dv[b].addmm_(w.mT, dy[b, rows])
-            torch.mm(cotangents[rows], values.mT, out=ds).mul_(w)
+            ds = linear(cotangents[rows], values).mul_(w)
             torch.mm(ds, k[b], out=dq[b, rows])
             dk[b].addmm_(ds.mT, q[b, rows])
     return dq.mul_(scale), dk.mul_(scale), dv

@@ -44,7 +44,7 @@ def row_attention(
             bias = bias.to(at_least_float32(x))
         impl = _dispatch.choose("shared_bias_attention", *_automatic(x, whole))
         if impl == "kept":
-            return rows.attention(linear(x, whole), None, gate_bias, out_weight, out_bias, bias, mask, num_heads).to(given)
+            return rows.attention(linear(x.contiguous(), whole), None, gate_bias, out_weight, out_bias, bias, mask, num_heads).to(given)
         return (reference if impl == "reference" else rows).attention(x, whole, gate_bias, out_weight, out_bias, bias, mask, num_heads).to(given)
 
 
