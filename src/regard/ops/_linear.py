@@ -24,7 +24,9 @@ def _image(x: Tensor) -> Tensor:
 
 
 def _convolves(x: Tensor, weight: Tensor) -> bool:
-    if torch.compiler.is_compiling() or x.device.type != "cpu" or not x.dtype == weight.dtype == torch.float32 or not x.is_contiguous():
+    if not torch.backends.mkldnn.is_available() or torch.compiler.is_compiling() or x.device.type != "cpu":
+        return False
+    if not x.dtype == weight.dtype == torch.float32 or not x.is_contiguous():
         return False
     if x.numel() * weight.shape[0] < SMALLEST or torch._C._are_functorch_transforms_active() or torch.is_autocast_enabled("cpu"):
         return False
