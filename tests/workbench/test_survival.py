@@ -90,9 +90,9 @@ def test_kill_9_and_resume(tmp_path: Path) -> None:
 
 
 def test_two_runs_share_one_database_and_ctrl_c_keeps_everything(tmp_path: Path) -> None:
-    one = start(tmp_path, 3, "new", "loud")
+    one = start(tmp_path, 8, "new", "loud")  # many trials, so that one is not done before it is stopped, however busy the machine
     wait_for(tmp_path, 1, one)
-    two = start(tmp_path, 3, "resume")
+    two = start(tmp_path, 8, "resume")
     wait_for(tmp_path, 2, one)
     one.send_signal(signal.SIGINT)
     text = done(one, 130)
@@ -100,7 +100,7 @@ def test_two_runs_share_one_database_and_ctrl_c_keeps_everything(tmp_path: Path)
     before = finished(tmp_path)
     done(two)
     after = finished(tmp_path)
-    assert len(after) == 6 and all(after[key] == value for key, value in before.items())
+    assert len(after) == 16 and all(after[key] == value for key, value in before.items())
     db = sqlite3.connect(tmp_path / "results.db")
-    assert db.execute("select count(*) from curves").fetchone()[0] == 6 * 5
+    assert db.execute("select count(*) from curves").fetchone()[0] == 16 * 5
     db.close()
