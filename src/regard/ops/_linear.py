@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 SMALLEST = 2**24  # multiply-adds from which a convolution's set-up is paid back
+HAS_ONEDNN = torch.backends.mkldnn.is_available()  # asked once: a tracer cannot follow the question
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -24,7 +25,7 @@ def _image(x: Tensor) -> Tensor:
 
 
 def _convolves(x: Tensor, weight: Tensor) -> bool:
-    if not torch.backends.mkldnn.is_available() or torch.compiler.is_compiling() or x.device.type != "cpu":
+    if not HAS_ONEDNN or torch.compiler.is_compiling() or x.device.type != "cpu":
         return False
     if not x.dtype == weight.dtype == torch.float32 or not x.is_contiguous():
         return False
