@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import numpy
 import pytest
 import torch
 
@@ -127,3 +128,19 @@ def test_use_impl_and_explain() -> None:
         pass
     with pytest.raises(RegardError, match="no operation 'convolution'"), regard.use_impl(convolution="reference"):
         pass
+
+
+@pytest.mark.parametrize("value", ["a", 1.5, True, None])
+@pytest.mark.parametrize("id", ["multi_head", "se", "sasa", "ban", "gru_cell"])
+def test_a_size_that_is_no_whole_number_is_answered(id: str, value: object) -> None:
+    example = regard.card(id).example
+    name = next(iter(example))
+    with pytest.raises(RegardTypeError, match=f"{name}={value!r} must be a whole number"):
+        regard.create(id, **{**example, name: value})
+
+
+def test_sizes_of_numpy_and_none_where_it_means_something() -> None:
+    block = regard.create("multi_head", dim=numpy.int64(16), num_heads=numpy.int32(2), head_dim=None)
+    assert block(torch.zeros(1, 3, 16)).shape == (1, 3, 16)
+    with pytest.raises(RegardTypeError, match="head_dim='a' must be a whole number or None"):
+        regard.create("multi_head", dim=16, num_heads=2, head_dim="a")

@@ -35,3 +35,11 @@ def test_local_mechanisms_cut_no_windows_themselves() -> None:
         assert "ops.local_window import" in text, file.name
         own = [word for word in (".unfold(", "F.unfold", "nn.Unfold", "as_strided", "grid_sample", ".gather(", ".roll(") if word in text]
         assert not own, (file.name, own)
+
+
+def test_linear_layers_are_those_that_are_fast_on_the_cpu() -> None:
+    folder = ROOT / "src" / "regard"
+    spared = {"parts/weight_norm.py"}  # only its start values are used
+    files = [*folder.glob("mechanisms/**/*.py"), *folder.glob("parts/**/*.py")]
+    plain = {str(file.relative_to(folder)) for file in files if "nn.Linear(" in file.read_text()}
+    assert len(files) > 100 and plain <= spared, plain - spared

@@ -9,11 +9,12 @@ import inspect
 import pkgutil
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
+from numbers import Integral
 from typing import Any
 
 from . import mechanisms
 from .card import Card
-from .errors import RegardError, RegardTypeError, require
+from .errors import RegardError, RegardTypeError, require, require_type
 from .mechanism import Mechanism
 
 # What users of other libraries type, and our word for it.
@@ -110,10 +111,20 @@ def create(id: str, /, *args: Any, **options: Any) -> Mechanism:
         options_text = ", ".join(name for name in parameters if name != "self")
         raise RegardTypeError(f"{id} has no option {', '.join(hints)}; its options are {options_text}")
     try:
-        inspect.signature(kind).bind(*args, **options)
+        given = inspect.signature(kind).bind(*args, **options).arguments
     except TypeError as error:
         raise RegardTypeError(f"{id}: {error}; for example create({id!r}, {_spelled(kind.card.example)})") from None
+    for name, value in given.items():
+        _check_whole(name, value, parameters[name].annotation)
     return kind(*args, **options)
+
+
+def _check_whole(name: str, value: Any, annotation: Any) -> None:
+    """Sizes are whole numbers: anything else would fail in the depths of a layer, or pass a comparison by accident."""
+    optional = annotation == int | None
+    if (annotation is int or optional) and not (optional and value is None):
+        whole = isinstance(value, Integral) and not isinstance(value, bool)
+        require_type(whole, "{}={!r} must be a whole number{}", name, value, " or None" if optional else "")
 
 
 def _near(name: str, names: list[str]) -> str:

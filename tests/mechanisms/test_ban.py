@@ -6,11 +6,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
 from regard import RegardError
 from regard.parts.counting import Counter, overlap
+
+from .shapes import Shapes
 
 V, D = 7, 6
 
@@ -69,19 +70,6 @@ def test_classifier_takes_the_sum() -> None:
     first, second = net.classifier
     hidden = F.relu(words.sum(1) @ first.weight().mT + first.bias)
     torch.testing.assert_close(net(v, q), hidden @ second.weight().mT + second.bias)
-
-
-class Shapes(TorchDispatchMode):
-    """The shapes of all results of operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(t.shape) for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)}
-        return out
 
 
 @pytest.mark.parametrize(("n", "m"), [(31, 23), (23, 31)])

@@ -8,10 +8,11 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 
 import regard
 from regard import RegardError
+
+from .shapes import Shapes
 
 GOLDEN = Path(__file__).parents[1] / "goldens" / "cross_attention_few_shot" / "train_bn_6x6.safetensors"
 
@@ -64,19 +65,6 @@ def test_pooled_is_the_mean_of_the_maps() -> None:
     for found, wanted in zip(net(p, q, pooled=True), means, strict=True):
         torch.testing.assert_close(found, wanted)
     assert weights[0].shape == weights[1].shape == (2, 2, 3, 12)
-
-
-class Shapes(TorchDispatchMode):
-    """The shapes of all results of operators."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.seen: set[tuple[int, ...]] = set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        self.seen |= {tuple(t.shape) for t in (out if isinstance(out, tuple | list) else (out,)) if isinstance(t, Tensor)}
-        return out
 
 
 @pytest.mark.parametrize("pooled", [False, True])

@@ -246,3 +246,19 @@ def test_wrong_calls_of_the_loss():
             hard_attention_loss(**{"weights": weights, "indices": indices, "cost": cost, "baseline": 0.0, **bad})
     with pytest.raises(RegardTypeError, match="baseline"):
         hard_attention_loss(weights, indices, cost, "0")
+
+
+@pytest.mark.parametrize("mode", ["expected", "sample"])
+@pytest.mark.parametrize("way", ["module", "autocast"])
+def test_half_precision(mode, way):
+    """Where no location is the likeliest one's by a hair: the mean, and locations that are given."""
+    module, (query, context) = make(gate="vector").float(), [t.float() for t in pair()]
+    options = {"mode": mode} | ({"indices": torch.tensor([[0, 3, 6], [2, 2, 5]])} if mode == "sample" else {})
+    exact = module(query, context, **options)[:2]
+    if way == "module":
+        half = module.bfloat16()(query.bfloat16(), context.bfloat16(), **options)[:2]
+    else:
+        with torch.autocast("cpu", torch.bfloat16):
+            half = module(query, context, **options)[:2]
+    for found, wanted in zip(half, exact, strict=True):
+        assert (found.float() - wanted).abs().max() < 6e-2 * wanted.abs().max()

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..ops._linear import linear
 from ..ops._precision import at_least_float32, full_precision
 
 
@@ -23,7 +24,7 @@ class SpectralLinear(nn.Linear):
         self.register_buffer("sv0", torch.ones(1, device=device, dtype=dtype))
 
     def forward(self, input: Tensor) -> Tensor:
-        return F.linear(input, self.normalised(self.training), self.bias)
+        return linear(input, self.normalised(self.training), self.bias)
 
     def normalised(self, update: bool) -> Tensor:
         """The weight over the estimate; `update` keeps the vector the iteration came to."""

@@ -16,15 +16,14 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...card import Card, Paper
-from ...errors import require
 from ...mechanism import Mechanism
-from ...official import KeyMap, pointwise, rename
+from ...official import KeyMap, pointwise
 from ...ops._precision import at_least_float32
-from ...ops.local_window import RELATIONS, Relation, Window, check_reach, inside_map, relate, window_apply
+from ...ops.local_window import RELATIONS, Relation, check_reach, inside_map, relate, window_apply
 from ...parts.affine_norm import affine_norm, check_statistics
 from ...parts.linear import Linear
-from ...parts.spatial import project_columns
-from ...validate import check_divisible, check_map, check_option
+from ...parts.vector_attention import SAN_RULES, checked_sizes, features
+from ...validate import check_map, check_option
 
 
 class PairwiseSelfAttention(Mechanism):
@@ -64,19 +63,7 @@ class PairwiseSelfAttention(Mechanism):
         ),
         place="B",
     )
-    official: ClassVar = (
-        KeyMap(
-            "hszhao/SAN",
-            (
-                *(pointwise(f"{theirs}.*", f"{ours}.*") for theirs, ours in (("conv1", "phi"), ("conv2", "psi"), ("conv3", "beta"))),
-                pointwise("conv_p.*", "places.*"),
-                rename("conv_w.0.*", "norm1.*"),
-                pointwise("conv_w.2.*", "fc1.*"),
-                rename("conv_w.3.*", "norm2.*"),
-                pointwise("conv_w.5.*", "fc2.*"),
-            ),
-        ),
-    )
+    official: ClassVar = (KeyMap("hszhao/SAN", (*SAN_RULES, pointwise("conv_p.*", "places.*"))),)
 
     def __init__(
         self,
@@ -95,15 +82,9 @@ class PairwiseSelfAttention(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
-        out_channels = channels // 4 if out_channels is None else out_channels
-        rel_channels = max(channels // 16, 1) if rel_channels is None else rel_channels
-        smallest = min(channels, out_channels, rel_channels)
-        require(smallest > 0, "channels={}, out_channels={} and rel_channels={} must be at least 1", channels, out_channels, rel_channels)
-        check_divisible(out_channels, share, "out_channels", "share")
+        sizes = checked_sizes(channels, out_channels, rel_channels, share, kernel_size, stride, dilation, padding_mode)
+        out_channels, rel_channels, self.window = sizes
         check_option(relation, RELATIONS, "relation")
-        check_option(padding_mode, ("reflect", "zero", "mask"), "padding_mode")
-        require(kernel_size > 0 and kernel_size % 2 == 1, "kernel_size={} must be odd", kernel_size)
-        self.window = Window(kernel_size, stride, dilation, padding_mode, -dilation * (kernel_size // 2))
         self.channels, self.out_channels, self.rel_channels, self.share = channels, out_channels, rel_channels, share
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
         self.relation: Relation = relation
@@ -123,9 +104,7 @@ class PairwiseSelfAttention(Mechanism):
         check_reach(self.window, *x.shape[-2:])
         pixels = x.shape[0] * -(-x.shape[2] // self.stride) * -(-x.shape[3] // self.stride)
         check_statistics(self.norm1, pixels * (1 if self.padding_mode == "mask" else self.kernel_size), "the pairs of a single pixel")
-        layers = (self.phi, self.psi, self.beta)
-        features = project_columns(x.flatten(2), torch.cat([f.weight for f in layers]), torch.cat([f.bias for f in layers]))
-        phi, psi, beta = features.unflatten(2, x.shape[2:]).split([f.out_features for f in layers], 1)
+        phi, psi, beta = features(x, self.phi, self.psi, self.beta)
         pairs = relate(phi, psi, self.relation, self.window, self._places(x))
         pairs = pairs.affine(*affine_norm(self.norm1, pairs.statistics))
         scale, shift = affine_norm(self.norm2, lambda: pairs.through(self.fc1.weight))

@@ -18,15 +18,15 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...card import Card, Paper
-from ...errors import require
 from ...mechanism import Mechanism
-from ...official import KeyMap, pointwise, rename
+from ...official import KeyMap
 from ...ops._precision import at_least_float32
 from ...ops.local_window import Patches, Window, check_reach, inside_map, pad, pair_differences, window_apply, window_dots
 from ...parts.affine_norm import affine_norm, check_statistics
 from ...parts.linear import Linear
 from ...parts.spatial import project_columns
-from ...validate import check_divisible, check_map, check_option
+from ...parts.vector_attention import SAN_RULES, checked_sizes, features
+from ...validate import check_map, check_option
 
 
 class PatchwiseSelfAttention(Mechanism):
@@ -67,18 +67,7 @@ class PatchwiseSelfAttention(Mechanism):
         ),
         place="B",
     )
-    official: ClassVar = (
-        KeyMap(
-            "hszhao/SAN",
-            (
-                *(pointwise(f"{theirs}.*", f"{ours}.*") for theirs, ours in (("conv1", "phi"), ("conv2", "psi"), ("conv3", "beta"))),
-                rename("conv_w.0.*", "norm1.*"),
-                pointwise("conv_w.2.*", "fc1.*"),
-                rename("conv_w.3.*", "norm2.*"),
-                pointwise("conv_w.5.*", "fc2.*"),
-            ),
-        ),
-    )
+    official: ClassVar = (KeyMap("hszhao/SAN", SAN_RULES),)
 
     def __init__(
         self,
@@ -96,17 +85,11 @@ class PatchwiseSelfAttention(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
-        out_channels = channels // 4 if out_channels is None else out_channels
-        rel_channels = max(channels // 16, 1) if rel_channels is None else rel_channels
-        smallest = min(channels, out_channels, rel_channels)
-        require(smallest > 0, "channels={}, out_channels={} and rel_channels={} must be at least 1", channels, out_channels, rel_channels)
-        check_divisible(out_channels, share, "out_channels", "share")
+        sizes = checked_sizes(channels, out_channels, rel_channels, share, kernel_size, stride, dilation, padding_mode)
+        out_channels, rel_channels, self.window = sizes
         check_option(relation, ("concatenation", "star", "clique"), "relation")
-        check_option(padding_mode, ("reflect", "zero", "mask"), "padding_mode")
-        require(kernel_size > 0 and kernel_size % 2 == 1, "kernel_size={} must be odd", kernel_size)
         if relation == "clique" and kernel_size >= 7:
             warnings.warn(f"relation='clique' with kernel_size={kernel_size} relates {kernel_size**4} pairs at every pixel", stacklevel=2)
-        self.window = Window(kernel_size, stride, dilation, padding_mode, -dilation * (kernel_size // 2))
         self.padding = dilation * (kernel_size - 1)
         self.channels, self.out_channels, self.rel_channels, self.share = channels, out_channels, rel_channels, share
         self.kernel_size, self.stride, self.dilation = kernel_size, stride, dilation
@@ -125,9 +108,7 @@ class PatchwiseSelfAttention(Mechanism):
         check_map(x, self.channels)
         check_reach(self.window, *x.shape[-2:])
         check_statistics(self.norm1, x.shape[0] * -(-x.shape[2] // self.stride) * -(-x.shape[3] // self.stride), "a single patch")
-        layers = (self.phi, self.psi, self.beta)
-        features = project_columns(x.flatten(2), torch.cat([f.weight for f in layers]), torch.cat([f.bias for f in layers]))
-        phi, psi, beta = features.unflatten(2, x.shape[2:]).split([f.out_features for f in layers], 1)
+        phi, psi, beta = features(x, self.phi, self.psi, self.beta)
         hidden = self.norm2(self._joint(phi, psi).to(phi.dtype)).relu()
         weights = project_columns(hidden.flatten(2), self.fc2.weight, self.fc2.bias).view(*hidden.shape[:2], -1, *hidden.shape[2:])
         if self.padding_mode == "mask":
