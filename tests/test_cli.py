@@ -4,6 +4,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 import regard
 from regard.cli import main, parse_options
@@ -80,6 +82,15 @@ def test_verify_exit_codes(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -
     out = capsys.readouterr().out
     assert "FAIL" in out and "1 of 2 agree" in out
     assert main(["verify", str(tmp_path / "nowhere")]) == 2
+
+
+def test_verify_counts_what_it_skips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    meta = {"id": "sagan", "case": "generator", "kwargs": json.dumps({"component": "generator"}), "mode": "eval"}
+    save_file({"output": torch.zeros(1)}, tmp_path / "generator.safetensors", meta)
+    assert main(["verify", str(tmp_path), str(GOLDENS / "multi_head" / "self_plain.safetensors")]) == 0
+    out = capsys.readouterr().out
+    assert "skip" in out and "1 of 1 agree" in out and "1 skipped" in out
+    assert main(["verify", str(tmp_path)]) == 1  # nothing was replayed
 
 
 @pytest.mark.parametrize(("layout", "name"), [("sequence", "my_idea"), ("set", "my_bag"), ("map", "my_gate")])

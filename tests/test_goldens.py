@@ -71,6 +71,14 @@ def test_what_does_not_apply_says_why(tmp_path: Path, change: dict, said: str) -
     assert said in verdict.error
 
 
+def test_part_of_a_system_is_skipped(tmp_path: Path) -> None:
+    kwargs = {"meta": {"kwargs": json.dumps({"component": "generator"})}}
+    verdict = verify_file(rewritten(tmp_path / "x.safetensors", **kwargs))
+    assert verdict.ok and verdict.skipped and "'generator'" in verdict.error
+    assert verdict.outputs is None
+    assert not verify_file(GOOD).skipped
+
+
 def test_broken_file_is_a_verdict(tmp_path: Path) -> None:
     path = tmp_path / "broken.safetensors"
     path.write_bytes(b"not a tensor")

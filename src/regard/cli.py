@@ -177,10 +177,11 @@ class Verify:
             for file in files:
                 verdicts.append(verify_file(file))
                 progress.advance(task)
-        failed = [v for v in verdicts if not v.ok]
+        failed, replayed = [v for v in verdicts if not v.ok], [v for v in verdicts if not v.skipped]
+        code = FAILED if failed or not replayed else OK
         if self.json:
             _print_json([asdict(verdict) for verdict in verdicts])
-            return FAILED if failed else OK
+            return code
         table = Table(box=None, pad_edge=False, header_style="bold")
         for title in ("", "id", "case"):
             table.add_column(title, no_wrap=title != "case", overflow="fold")
@@ -188,13 +189,14 @@ class Verify:
             table.add_column(title, justify="right", no_wrap=True, min_width=len(title))
         table.add_column("", overflow="fold")
         for v in verdicts:
-            mark = Text("ok", style="green") if v.ok else Text("FAIL", style="bold red")
+            mark = Text("skip", style="yellow") if v.skipped else Text("ok", style="green") if v.ok else Text("FAIL", style="bold red")
             errors = ("-" if e is None else f"{e:.1e}" for e in (v.outputs, v.gradients, v.statistics))
             table.add_row(mark, v.id, v.case, *errors, Text(v.error))
         console.print(table)
         bounds = f"largest error over the largest entry; bounds {OUTPUT_BOUND:g} for outputs and statistics, {GRADIENT_BOUND:g} for gradients"
-        console.print(f"{len(verdicts) - len(failed)} of {len(verdicts)} agree ({bounds})", style="red" if failed else "green")
-        return FAILED if failed else OK
+        left_out = f"; {len(verdicts) - len(replayed)} skipped" if len(replayed) < len(verdicts) else ""
+        console.print(f"{len(replayed) - len(failed)} of {len(replayed)} agree ({bounds}){left_out}", style="red" if code else "green")
+        return code
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,10 @@ class Golden:
 
 @dataclass(frozen=True)
 class Verdict:
-    """What replaying one file gave: the largest error of each kind relative to the largest entry, or why it could not be replayed."""
+    """What replaying one file gave: the largest error of each kind relative to the largest entry, or why it could not be replayed.
+
+    `skipped`: the file is of a system around the mechanism, which nothing here is to be compared with; it is no failure and no proof.
+    """
 
     path: str
     id: str
@@ -55,6 +58,7 @@ class Verdict:
     statistics: float | None = None
     worst: str = ""
     error: str = ""
+    skipped: bool = False
 
 
 def find(paths: Iterable[str | Path]) -> list[Path]:
@@ -97,6 +101,9 @@ def verify_file(path: Path) -> Verdict:
     try:
         golden = read(path)
         ident, case = golden.id, golden.case
+        if "component" in golden.kwargs:
+            what = golden.kwargs["component"]
+            return Verdict(str(path), ident, case, ok=True, skipped=True, error=f"{what!r} is a part of a system around {ident}")
         return _compare(golden)
     except Exception as error:  # any fault of a replay belongs in the table, beside the other files
         text = str(error) if isinstance(error, RegardError) else f"{type(error).__name__}: {error}"
