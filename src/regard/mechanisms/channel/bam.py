@@ -23,6 +23,7 @@ from ...parts.conv_norm import ConvNorm
 from ...parts.gates import INITS
 from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
+from ...parts.spatial import project_columns
 from ...parts.squeeze import hidden_width
 from ...validate import check_map, check_option
 
@@ -131,14 +132,13 @@ class BottleneckAttention(Mechanism):
             check_batch_statistics(norm, x.shape[0], "a batch of one pooled vector")
         check_batch_statistics(self.reduce_norm, x.shape[0] * x.shape[2] * x.shape[3], "one position of one sample")
         vector = position_mean(x)
-        planes = F.relu(self.reduce_norm(_pointwise(x, self.reduce)))
+        planes = F.relu(self.reduce_norm(self._project(x, self.reduce)))
         for layer, norm in zip(self.channel_layers, self.channel_norms, strict=True):
             vector = F.relu(norm(layer(vector)))
         for layer in self.spatial_layers:
             planes = layer(planes)
-        return self.channel_out(vector), _pointwise(planes, self.spatial_out)
+        return self.channel_out(vector), self._project(planes, self.spatial_out)
 
-
-def _pointwise(x: Tensor, linear: nn.Linear) -> Tensor:
-    """A 1x1 convolution: for so few outputs the convolution is a little faster than the matrix product."""
-    return F.conv2d(x, linear.weight[:, :, None, None], linear.bias)
+    @staticmethod
+    def _project(x: Tensor, layer: nn.Linear) -> Tensor:
+        return project_columns(x.flatten(2), layer.weight, layer.bias).unflatten(2, x.shape[2:])

@@ -4,12 +4,12 @@ r"""Double attention: gather the map into a few descriptors by attention, then l
 
 Chen, Kalantidis, Li, Yan, Feng, "A^2-Nets: Double Attention Networks", NeurIPS 2018. arXiv:1810.11579. The public code (`reconstruct=False,
 residual=False`) stops before Wz and the sum; we follow the paper. B batch, C channels, N positions, c hidden_channels, n num_maps.
-Wa, Wz and their biases act on the n descriptors, as both softmaxes sum to one: Wz Wa is one matrix.
+Wz acts on the n descriptors or on their mixtures, whichever is fewer products: the second softmax sums to one, so its bias goes with it.
 """
 
 from typing import Any, ClassVar, Literal
 
-import torch.nn.functional as F
+import torch
 from jaxtyping import Float
 from torch import Tensor
 
@@ -17,11 +17,17 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise
-from ...ops.descriptors import double_attention
+from ...ops._precision import at_least_float32
 from ...parts.gates import INITS
 from ...parts.linear import Linear
 from ...parts.norm import zero_init_
+from ...parts.spatial import project_columns, project_distribute, project_gather
 from ...validate import check_map, check_option
+
+_BACK = (
+    "min(channels*num_maps*(hidden_channels + N*frames), hidden_channels*N*frames*(channels + num_maps))"
+    " if reconstruct else hidden_channels*num_maps*N*frames"
+)
 
 
 class DoubleAttention(Mechanism):
@@ -49,9 +55,7 @@ class DoubleAttention(Mechanism):
         source="gjylt/DoubleAttentionNet@0408c3d (no licence file)",
         summary="Gathers a map into a few attended descriptors and gives every position its own mixture of them.",
         when="Global context at linear cost in early stages, on large maps or on video clips.",
-        flops="2*B*N*num_maps*(3*channels + (channels if reconstruct else hidden_channels))"
-        " + 2*channels*hidden_channels*(channels + 1 if reconstruct else 0)"
-        " + 2*(B//frames)*channels*num_maps*(channels if reconstruct else hidden_channels)",
+        flops=f"2*B*N*(channels*(hidden_channels + 2*num_maps) + hidden_channels*num_maps) + 2*(B//frames)*({_BACK})",
         grows={"N": 1.0},
         can=frozenset({"weights", "linear", "permutation_equivariant", "identity_start"}),
         unless={"identity_start": "not reconstruct or not residual"},
@@ -117,11 +121,13 @@ class DoubleAttention(Mechanism):
         columns, size = x.flatten(2), x.shape[2:]
         if self.frames > 1:
             columns = x.unflatten(0, (-1, self.frames)).transpose(1, 2).flatten(2)
-        weight, bias = self.feature.weight, self.feature.bias
-        if self.out is not None:
-            weight, bias = self.out.weight @ weight, F.linear(bias, self.out.weight, self.out.bias)
-        to_gather, to_distribute = (self.gather.weight, self.gather.bias), (self.distribute.weight, self.distribute.bias)
-        out, gather, distribute = double_attention(columns, to_gather, to_distribute, weight, bias, self.residual)
+        layers, wide = (self.feature, self.gather, self.distribute), at_least_float32(x)
+        weight, bias = (torch.cat([getattr(layer, name) for layer in layers]) for name in ("weight", "bias"))
+        together = project_columns(columns, weight, bias)
+        features, gather, distribute = together.split((self.hidden_channels, self.num_maps, self.num_maps), 1)
+        gather, distribute = (logits.softmax(dim, wide).to(together.dtype) for logits, dim in ((gather, 2), (distribute, 1)))
+        weight, bias = (None, None) if self.out is None else (self.out.weight, self.out.bias)
+        out = project_distribute(project_gather(features, gather), distribute, weight, bias, onto=columns if self.residual else None)
         if not return_weights:
             return self._to_frames(out, size)
         return self._to_frames(out, size), (self._to_frames(gather, size), self._to_frames(distribute, size))

@@ -29,7 +29,7 @@ from ...ops.separable_scores import Axis, from_blocks, separable_attention, sepa
 from ...ops.softmax_attention import attend
 from ...parts.gates import INITS
 from ...parts.linear import Linear
-from ...parts.spatial import flatten_space, project_columns, project_rows, project_to_map
+from ...parts.spatial import flatten_space, project_columns, project_rows
 from ...validate import check_divisible, check_map, check_option
 
 _h, _w, _a, _b = "ceil(H/q_stride)", "ceil(W/q_stride)", "ceil(H/kv_stride)", "ceil(W/kv_stride)"
@@ -298,4 +298,5 @@ class GeneralizedAttention(Mechanism):
 
     def _project(self, y: Tensor) -> Tensor:
         """(B, h, w, M, d) to the map (B, C, h, w)."""
-        return project_to_map(y.flatten(3).flatten(1, 2), self.proj_conv, y.shape[1:3])
+        columns = y.flatten(1, 2).permute(0, 2, 3, 1).flatten(1, 2)
+        return project_columns(columns, self.proj_conv.weight, self.proj_conv.bias).unflatten(2, y.shape[1:3])

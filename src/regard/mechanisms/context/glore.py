@@ -24,7 +24,7 @@ from ...parts.norm import Norm, check_batch_statistics, make_norm, zero_init_
 from ...parts.spatial import project_columns, project_distribute, project_gather
 from ...validate import check_map, check_option
 
-_PRODUCTS = "min(channels*hidden_channels, state_channels*(channels + hidden_channels))"
+_PRODUCTS = "min(channels*hidden_channels*(state_channels + N), state_channels*N*(channels + hidden_channels))"
 
 
 class GlobalReasoning(Mechanism):
@@ -51,9 +51,7 @@ class GlobalReasoning(Mechanism):
         source="facebookresearch/GloRe@9c6a734 (MIT)",
         summary="Projects a map to a few nodes, reasons between them by a graph convolution, and projects back.",
         when="A few units late in image and video networks; with normalize=True on maps of varying size.",
-        flops=f"2*B*N*channels*hidden_channels + 4*B*N*{_PRODUCTS}"
-        " + 2*B*hidden_channels*state_channels*(hidden_channels + state_channels"
-        " + (2*channels if channels*hidden_channels <= state_channels*(channels + hidden_channels) else 0))",
+        flops=f"2*B*N*channels*hidden_channels + 4*B*{_PRODUCTS} + 2*B*hidden_channels*state_channels*(hidden_channels + state_channels)",
         grows={"N": 1.0},
         can=frozenset({"weights", "linear", "any_dims", "permutation_equivariant", "identity_start", "batch_statistics"}),
         example={"channels": 16},

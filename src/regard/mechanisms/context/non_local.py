@@ -137,7 +137,7 @@ class NonLocal(Mechanism):
             y = pairwise_attention(q, k, v, scale=self._scale)
         else:
             y = pairwise_dot(q, k, v) if self.mode == "dot_product" else pairwise_relu(q, k, v)
-        out = x + self.norm(project_to_map(y, self.out, x.shape[2:]))
+        out = x + self.norm(project_to_map(y, self.out.weight, self.out.bias, x.shape[2:]))
         return (out, self._weights(q, k)) if return_weights else out
 
     def weights(self, x: Float[Tensor, "b channels *space"], *, queries: Tensor | None = None) -> Tensor:

@@ -21,7 +21,7 @@ from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.pairwise_affinity import affinity_weights, pairwise_attention
 from ...parts.gates import INITS
 from ...parts.linear import Linear
-from ...parts.spatial import flatten_space, project_rows, unflatten_space
+from ...parts.spatial import flatten_space, project_rows, project_to_map, unflatten_space
 from ...parts.spectral import SpectralLinear
 from ...parts.squeeze import hidden_width
 from ...validate import check_map, check_option
@@ -138,9 +138,8 @@ class SAGANAttention(Mechanism):
         update = update_u and self.training
         q, k, v = self._embed(x, update)
         y = pairwise_attention(q, k, v)
-        if self.o is not None:
-            y = project_rows(y, self._weight(self.o, update))
-        out = torch.addcmul(x, self.gamma, unflatten_space(y, x.shape[2:]))
+        y = unflatten_space(y, x.shape[2:]) if self.o is None else project_to_map(y, self._weight(self.o, update), None, x.shape[2:])
+        out = torch.addcmul(x, self.gamma, y)
         return (out, affinity_weights(q, k, "softmax")) if return_weights else out
 
     def weights(self, x: Float[Tensor, "b channels h w"], *, queries: Tensor | None = None) -> Float[Tensor, "b r m"]:

@@ -26,7 +26,12 @@ from ...parts.linear import Linear
 from ...parts.spatial import project_columns, project_distribute, project_gather
 from ...validate import check_map, check_option
 
-_PYRAMID = " + ".join(f"((H//{2**s})*(W//{2**s}) if num_levels > {s} else 0)" for s in range(8))
+_SIZES = [f"(H//{2**level})*(W//{2**level})" for level in range(8)]
+_PYRAMID = " + ".join(
+    f"(({n})*(channels**2 + 2*channels*hidden_channels + hidden_channels)"
+    f" + channels*min(hidden_channels*(channels + {n}), {n}*(channels + hidden_channels)) if num_levels > {level} else 0)"
+    for level, n in enumerate(_SIZES)
+)
 
 
 class SpatialPyramidGraph(Mechanism):
@@ -51,8 +56,7 @@ class SpatialPyramidGraph(Mechanism):
         source="the equations of the paper; no code of the authors is public",
         summary="Graph convolution on all positions at several scales, with a graph of low rank made from the map.",
         when="A segmentation head that needs the whole picture and must keep the layout.",
-        flops=f"2*B*({_PYRAMID})*(channels**2 + 3*channels*hidden_channels + hidden_channels)"
-        " + 2*B*num_levels*(channels*hidden_channels + channels**2*hidden_channels)",
+        flops=f"2*B*({_PYRAMID} + num_levels*channels*hidden_channels)",
         grows={"N": 1.0},
         can=frozenset({"weights", "linear", "permutation_equivariant", "identity_start"}),
         unless={"permutation_equivariant": "num_levels > 1", "identity_start": "not residual"},

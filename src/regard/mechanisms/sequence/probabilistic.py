@@ -189,7 +189,7 @@ class ProbabilisticAttention(Mechanism):
             out = self.out_proj(merge_heads(out))
         elif self.layout == "map":
             assert x is not None
-            out = project_to_map(merge_heads(out), self.out_proj, x.shape[2:])
+            out = project_to_map(merge_heads(out), self.out_proj.weight, self.out_proj.bias, x.shape[2:])
         return (out, mixture_weights(queries, keys, values, mixture)) if return_weights else out
 
     def weights(

@@ -16,10 +16,10 @@ NARROW_VALUES = 64  # under this width of the values zeros cost less than the bl
 
 
 def pairwise_attention(q: Tensor, k: Tensor, v: Tensor, *, scale: float = 1.0) -> Tensor:
-    """softmax_j(scale q_i . k_j) v_j summed over j: (B, N, dv)."""
+    """softmax_j(scale q_i . k_j) v_j summed over j: (B, N, dv), in memory as rows or as columns, which a 1x1 convolution takes as they lie."""
     impl = _dispatch.choose("pairwise_attention", *_choose_attention(q, k, v))
     if impl == "reference":
-        return (reference.weights(_wide(q), _wide(k), "softmax", scale) @ _wide(v)).to(v.dtype)
+        return reference.attend(_wide(q), _wide(k), _wide(v), scale).to(v.dtype)
     if impl == "narrow":
         return narrow.pairwise_attention(q, k, v, scale)
     q, k, v = (x if x.stride(-1) == 1 else x.contiguous() for x in (q, k, v))  # the fused kernel declines other layouts
