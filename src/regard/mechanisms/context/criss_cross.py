@@ -17,10 +17,10 @@ from ...card import Card, Paper
 from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise
+from ...ops._linear import linear
 from ...ops.criss_cross import criss_cross, criss_cross_weights
 from ...parts.gates import INITS
 from ...parts.linear import Linear
-from ...parts.spatial import project_last
 from ...parts.squeeze import hidden_width
 from ...validate import check_map, check_option
 
@@ -102,10 +102,10 @@ class CrissCrossAttention(Mechanism):
         values = self.gamma * self.value_conv.weight, self.gamma * self.value_conv.bias
         rows, weights = rows.view(lines), []
         for _ in range(passes):
-            q, k = project_last(rows, *scores).view(*shape[:-1], -1).transpose(0, 1).tensor_split(2, -1)
+            q, k = linear(rows, *scores).view(*shape[:-1], -1).transpose(0, 1).tensor_split(2, -1)
             if return_weights:
                 weights.append(criss_cross_weights(q, k))
             gathered = criss_cross(q, k, rows.view(shape).transpose(0, 1)).transpose(0, 1)
-            rows = rows + project_last(gathered.reshape(lines), *values)
+            rows = rows + linear(gathered.reshape(lines), *values)
         out = rows.view(shape).transpose(0, 1).movedim(-1, 1).contiguous()
         return (out, weights) if return_weights else out
