@@ -54,9 +54,9 @@ def project_columns(columns: Tensor, weight: Tensor, bias: Tensor | None = None)
 def _convolves(columns: Tensor, weight: Tensor) -> bool:
     """Whether oneDNN's convolution takes `columns` as they lie and is faster than the matrix product: 1.4 to 1.9 times for so many channels.
 
-    Not for large maps: it copies what it reads and writes into an order of its own.
+    Not for large maps: it copies what it reads and writes into an order of its own. Traced programs keep the product.
     """
-    if not on_cpu(columns) or columns.dtype != torch.float32 or columns.stride(2) != 1:
+    if torch.compiler.is_compiling() or not on_cpu(columns) or columns.dtype != torch.float32 or columns.stride(2) != 1:
         return False
     fewer, more = sorted(weight.shape)
     positions = columns.shape[0] * columns.shape[2]
@@ -96,4 +96,6 @@ def project_distribute(
 def _projects_descriptors(outer: int, inner: int, maps: Tensor) -> bool:
     """Whether the map of `outer` channels meets the descriptors at once, without passing `inner` channels on the way."""
     count, n = maps.shape[1:]
+    if torch.compiler.is_compiling():  # one program for all sizes: that of many positions
+        return outer * count <= inner * (outer + count)
     return outer * count * (inner + n) <= inner * n * (outer + count)
