@@ -5,7 +5,7 @@ some of ours, with a reshaping that can be undone. Our own names always load as 
 """
 
 import re
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Container, Iterable, Mapping
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -140,11 +140,22 @@ def translate(module: nn.Module, state: Mapping[str, Tensor], keymap: KeyMap) ->
                 found |= {o: target[o] for o in ours}
     for key in [key for key in left if key in target and key not in found]:
         found[key] = left.pop(key)
-    misshapen += [f"{k} {tuple(v.shape)}, needs {tuple(target[k].shape)}" for k, v in found.items() if v.shape != target[k].shape]
+    wrong = [k for k, v in found.items() if v.shape != target[k].shape]
+    misshapen += [f"{_their_name(k, keymap)} {tuple(found[k].shape)}, needs {tuple(target[k].shape)}" for k in wrong]
     free = (*keymap.optional, r"(.*\.)?num_batches_tracked")
     missing = [key for key in target if key not in found and not any(re.fullmatch(pattern, key) for pattern in free)]
     unknown = [key for key in left if not re.fullmatch(r"(.*\.)?num_batches_tracked", key)]
-    return _Reading(keymap.name, found, unknown, missing, misshapen)
+    return _Reading(keymap.name, found, unknown, [_their_name(key, keymap, state) for key in missing], misshapen)
+
+
+def _their_name(key: str, keymap: KeyMap, given: Container[str] = ()) -> str:
+    """What a key of ours is called in their files, with our name if it is another; of several names those that are not `given`."""
+    for rule in keymap.rules:
+        for star in (s for ours in rule.ours if (s := _match(ours, key)) is not None):
+            bound = [_bind(theirs, star) for theirs in rule.theirs]
+            names = ", ".join([name for name in bound if name not in given] or bound)
+            return names if names == key else f"{names} (here {key})"
+    return key
 
 
 OWN = KeyMap("regard's own names")

@@ -58,6 +58,9 @@ def test_names():
     once = {name: value for name, value in state.items() if "f_query" not in name}
     for form in (state, once):
         assert torch.equal(load_official(make(8, zero_init=True).eval(), form)(x), module(x))
+    differing = {**state, "stages.0.f_query.0.weight": state["stages.0.f_query.0.weight"] + 1}
+    with pytest.raises(RegardError, match=r"f_query.0.weight \(the two are one layer"):
+        load_official(make(8), differing)
     fusion = to_official(make(8, low_channels=6))
     assert fusion["stages.0.f_query.0.weight"].shape == (4, 8, 1, 1) and "conv_bn_dropout.1.running_var" in fusion
 

@@ -67,7 +67,7 @@ def test_wrong_calls() -> None:
         ({"aux": True}, "out_channels"),
         ({"dropout": 1.0}, "dropout=1.0"),
         ({"out_channels": 0}, "out_channels=0"),
-        ({"hidden_channels": 4}, "reduction=8"),
+        ({"hidden_channels": 7}, "hidden_channels=7"),
     ):
         with pytest.raises(RegardError, match=words):
             regard.create("dual", 16, **options)

@@ -187,7 +187,7 @@ def test_blobs_are_found_by_what_their_names_end_in() -> None:
         for parameter in other.parameters():
             nn.init.zeros_(parameter)
         assert torch.equal(regard.load_official(other, renamed)(x, bank), net(x, bank))
-    with pytest.raises(RegardError, match=r"unknown lfb_nl0_phi_w.* missing phi_g.weight"):
+    with pytest.raises(RegardError, match=r"unknown lfb_nl0_phi_w.* missing lfb_nl2_phi_w, lfb_nl2_g_w \(here phi_g.weight\)"):
         regard.load_official(module(num_layers=3), blobs)
 
 

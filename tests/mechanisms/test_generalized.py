@@ -6,6 +6,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 import regard
 from regard import RegardError
@@ -170,3 +171,17 @@ def test_wrong_calls() -> None:
         deformable_attention_weights(torch.randn(1, 18, 4, 4), (4, 5))
     with pytest.raises(RegardTypeError, match="offset"):
         deformable_attention_weights(torch.zeros(1, 18, 4, 4, dtype=torch.long), (4, 4))
+
+
+def test_a_range_beyond_the_map_costs_what_no_range_does() -> None:
+    """Windows never hold more keys than there are, on either axis."""
+    x = torch.randn(1, 13, 5, 40, dtype=torch.float64)
+    for kind in ("1111", "0101", "1010"):
+        everywhere = module(attention_type=kind)
+        for reach in (4, 12, 1000):
+            net = module(attention_type=kind, spatial_range=reach)
+            with FlopCounterMode(display=False) as counter:
+                out = net(x)
+            assert counter.get_total_flops() == net.card.cost(net, B=1, H=5, W=40, N=200)
+            if reach == 1000:
+                torch.testing.assert_close(out, everywhere(x))

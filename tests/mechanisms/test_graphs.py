@@ -247,3 +247,20 @@ def test_sums_over_positions_survive_half_precision(id):
     expected.load_state_dict({k: v.float() for k, v in module.state_dict().items()})
     out, target = module(x).float(), expected(x.float())
     assert (out - target).abs().max() < 1e-2 * target.abs().max()
+
+
+def test_glore_sums_beyond_float16_under_autocast():
+    """Float32 until the norm has made them small again."""
+    module, x = make("glore", 64, zero_init=False), 8 * torch.randn(2, 64, 28, 28).relu()
+    module.extend.weight.data.mul_(100)
+    with torch.autocast("cpu", torch.float16):
+        out = module(x.half())
+    assert out.dtype == torch.float16 and out.isfinite().all() and module.norm.running_mean.isfinite().all()
+
+
+@pytest.mark.parametrize("id", ["cgnl", "asymmetric_non_local"])
+def test_an_empty_batch_gives_an_empty_batch(id):
+    x = torch.randn(0, 16, 5, 6, requires_grad=True)
+    out = make(id, 16).eval()(x)
+    out.sum().backward()
+    assert out.shape == x.grad.shape == (0, 16, 5, 6)

@@ -150,19 +150,21 @@ def test_pooled_cost_is_what_is_counted_in_every_mode() -> None:
 
 
 def test_keys_with_a_norm() -> None:
-    """mmcv has no bias before its norm, the plain layout has one; a module whose bias is in use cannot be written as mmcv's."""
+    """mmcv has no bias before its norm, the plain layout has one: the running mean takes it, and other norms cannot."""
     net = module(norm="batch", sub_sample=True, mode="concatenation")
     plain = regard.to_official(net, "AlexHex7")
     assert {"W.0.bias", "W.1.running_mean", "g.0.weight", "theta.weight", "phi.0.bias", "concat_project.0.weight"} <= set(plain)
     assert plain["concat_project.0.weight"].shape == (1, 6, 1, 1)
+    other_norm = module(norm=lambda c: nn.GroupNorm(2, c))
     with pytest.raises(RegardError, match="cannot be written as mmcv"):
-        regard.to_official(net, "mmcv")
-    nn.init.zeros_(net.out.bias)
+        regard.to_official(other_norm, "mmcv")
+    nn.init.ones_(net.out.bias)
     theirs = regard.to_official(net, "mmcv")
     assert "conv_out.conv.bias" not in theirs and {"conv_out.bn.weight", "g.0.conv.weight", "theta.conv.bias"} <= set(theirs)
     other = regard.load_official(module(norm="batch", sub_sample=True, mode="concatenation"), theirs)
     assert other.out.bias.abs().max() == 0
-    assert torch.equal(other(maps()), net(maps()))
+    torch.testing.assert_close(other(maps()), net(maps()))
+    torch.testing.assert_close(other.eval()(maps()), net.eval()(maps()))
     without = module(dims=3)
     assert set(regard.to_official(without, "AlexHex7")) == {f"{name}.{kind}" for name in ("g", "theta", "phi", "W") for kind in ("weight", "bias")}
     assert regard.to_official(without)["conv_out.conv.weight"].shape == (6, 3, 1, 1, 1)

@@ -3,13 +3,15 @@
 B batch, C channels, N positions, d hidden_channels, R chosen positions.
 """
 
+import math
+from numbers import Real
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from ..card import Paper
-from ..errors import require
+from ..errors import require, require_type
 from ..ops._precision import at_least_float32, full_precision
 from ..ops.pairwise_affinity import affinity_weights, pairwise_attention
 from ..validate import check_option
@@ -44,6 +46,8 @@ class PositionBlock(nn.Module):
     ) -> None:
         super().__init__()
         check_option(init, INITS, "init")
+        require_type(scale is None or isinstance(scale, Real), "scale={!r} must be a number, or None for one over the root of the query width", scale)
+        require(scale is None or math.isfinite(scale), "scale={} must be finite", scale)
         self.channels, self.reduction, self.scale, self.gamma_init, self.init = channels, reduction, scale, gamma_init, init
         self.hidden_channels = hidden_width(channels, reduction, hidden_channels)
         self._scale = self.hidden_channels**-0.5 if scale is None else scale

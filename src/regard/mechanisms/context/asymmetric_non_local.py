@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...card import Card, Paper
-from ...errors import require
+from ...errors import require, require_type
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.region_pool import pool_regions
@@ -88,6 +88,7 @@ class AsymmetricNonLocal(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
+        require_type(isinstance(pool_sizes, Sequence), "pool_sizes={!r} must be a sequence of sizes, such as (1, 3, 6, 8)", pool_sizes)
         pool_sizes = tuple(pool_sizes)
         d = channels // 2 if hidden_channels is None else hidden_channels
         dv, out = d if value_channels is None else value_channels, channels if out_channels is None else out_channels
@@ -125,7 +126,7 @@ class AsymmetricNonLocal(Mechanism):
             for theirs, part in (("0", "conv"), ("1.0", "norm")):
                 key, query = f"stages.{i}.f_key.{theirs}.*", f"stages.{i}.f_query.{theirs}.*"
                 if self.query is None:  # one layer under two names
-                    rules.append(Rule((key, query), (f"key.{i}.{part}.*",), lambda two, _: two[:1], lambda one, _: one * 2))
+                    rules.append(Rule((key, query), (f"key.{i}.{part}.*",), _read_once, lambda one, _: one * 2))
                 else:
                     rules.append(rename(query, f"query.{i}.{part}.*"))
                 rules.append(rename(key, f"key.{i}.{part}.*"))
@@ -175,3 +176,9 @@ class AsymmetricNonLocal(Mechanism):
         queries = keys if self.query is None else self.query[stage](x)
         scores = torch.bmm(queries.flatten(2).mT, self.hidden_channels**-0.5 * pool_regions(keys, self.pool_sizes))
         return scores.softmax(-1).to(queries.dtype)
+
+
+def _read_once(both: list[Tensor], module: nn.Module) -> list[Tensor]:
+    """Keys and queries come from one layer, which the authors' files hold twice."""
+    require(torch.equal(*both), "the two are one layer and must be equal; with low_channels queries have their own")
+    return both[:1]

@@ -124,12 +124,11 @@ class CompactGeneralizedNonLocal(Mechanism):
         """(B, G, h / G, N) each -> sum_o a_o t^o <p^o, g>, by Horner's rule."""
         beta = 1.0 if self.exact_beta else math.exp(-2 * self.gamma)
         weighted = g * torch.exp(-self.gamma * p * p) if self.exact_beta else g
-        terms = []
+        terms, alpha = [], beta
         for o in range(self.order + 1):
-            alpha = beta * (2 * self.gamma) ** o / math.factorial(o)
+            if o > 0:
+                weighted, alpha = weighted * p, alpha * 2 * self.gamma / o
             terms.append(weighted.sum((2, 3), keepdim=True) * (alpha * self._scale(p)))
-            if o < self.order:
-                weighted = weighted * p
         y = terms[-1].expand_as(t)
         for term in reversed(terms[:-1]):
             y = y * t + term

@@ -95,6 +95,7 @@ class DualAttention(Mechanism):
         require(out_channels is None or out_channels > 0, "out_channels={} must be at least 1, or None", out_channels)
         require(not aux or out_channels is not None, "aux={} returns class scores and needs out_channels", aux)
         h = hidden_width(channels, 4, hidden_channels)
+        require(h >= 8, "hidden_channels={} must be at least 8 (it is channels // 4 if None): queries and keys have an eighth of them", h)
         self.channels, self.hidden_channels, self.out_channels, self.dropout = channels, h, out_channels, dropout
         self.aux, self.norm, self.invert, self.init = aux, norm, invert, init
         dd: dict[str, Any] = {"device": device, "dtype": dtype}

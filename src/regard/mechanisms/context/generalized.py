@@ -12,6 +12,7 @@ right than up and left. E1 + E3 = (q + u) . k, E2 + E4 = (q + v) . R; R is never
 B batch, C channels, s q_stride, t kv_stride, h x w queries, N = h w, h' x w' keys, K = h' w', M num_heads, d = C // M, P position_embedding_dim.
 """
 
+from dataclasses import replace
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -30,11 +31,11 @@ from ...ops.softmax_attention import attend
 from ...parts.gates import INITS
 from ...parts.linear import Linear
 from ...parts.spatial import flatten_space, project_columns, project_rows
-from ...validate import check_divisible, check_map, check_option
+from ...validate import check_map, check_option
 
 _h, _w, _a, _b = "ceil(H/q_stride)", "ceil(W/q_stride)", "ceil(H/kv_stride)", "ceil(W/kv_stride)"
-_P, _Q = (f"(ceil({n}/block)*block if block else {n})" for n in (_h, _w))
-_S, _T = (f"(span if block else {n})" for n in (_a, _b))
+_P, _Q = (f"(ceil({n}/block)*block if block and span < {m} else {n})" for n, m in ((_h, _a), (_w, _b)))
+_S, _T = (f"(span if block and span < {m} else {m})" for m in (_a, _b))
 _inner = "num_heads*head_dim"
 
 
@@ -133,7 +134,8 @@ class GeneralizedAttention(Mechanism):
         self.value_conv, self.proj_conv = Linear(channels, inner, bias=False, **dd), Linear(inner, channels, **dd)
         if self.places:
             require(self.position_dim > 0, "position_embedding_dim={} must be positive, or -1 for channels", position_embedding_dim)
-            check_divisible(self.position_dim, 4, "position_embedding_dim", "sines and cosines of two axes, ")
+            hint = "position_embedding_dim={} (channels if -1) must be a multiple of 4, for sines and cosines of two axes"
+            require(self.position_dim % 4 == 0, hint, self.position_dim)
         self.appr_geom_fc_x, self.appr_geom_fc_y = (
             Linear(self.position_dim // 2, inner, bias=False, **dd) if self.places else None for _ in range(2)
         )
@@ -233,7 +235,8 @@ class GeneralizedAttention(Mechanism):
 
     def _axes(self, x: Tensor, block: int = 0) -> tuple[Axis, Axis]:
         s, t, reach = self.q_stride, self.kv_stride, self.spatial_range
-        rows, columns = (Axis(-(-n // s), -(-n // t), t, reach, block) for n in x.shape[2:])
+        whole = (Axis(-(-n // s), -(-n // t), t, reach) for n in x.shape[2:])
+        rows, columns = (replace(axis, block=block) if self.span < axis.m else axis for axis in whole)  # no window reads more than there is
         return rows, columns
 
     def _embed(self, x: Tensor) -> tuple[Tensor, Tensor, Tensor]:
@@ -272,8 +275,8 @@ class GeneralizedAttention(Mechanism):
 
     def _table(self, fc: nn.Linear | None, axis: Axis, queries: Tensor, keys: Tensor, asking: Tensor) -> Tensor:
         """Scores of key positions (n, S) for query positions (n): (B, L, n, M, S) of asking (B, L, n, M, d); finite where a key is not allowed."""
-        given, dtype = asking.dtype, at_least_float32(asking)
-        table = asking.new_zeros(1, 1)
+        dtype = at_least_float32(asking)
+        table = asking.new_zeros(1, 1, dtype=dtype)
         with full_precision(asking):
             if fc is not None and self.places == 1 and self.geom_bias is not None:
                 fixed = torch.einsum("md,mdp->mp", *(t.to(dtype).unflatten(0, (self.num_heads, -1)) for t in (self.geom_bias, fc.weight)))
@@ -281,7 +284,7 @@ class GeneralizedAttention(Mechanism):
             elif fc is not None:
                 table = torch.einsum("blnmd,nsmd->blnms", asking.to(dtype), self._relative(fc, axis, queries, keys, asking))
             allowed = axis.allows(queries[:, None], keys)[:, None]
-            table = table.masked_fill(~allowed, torch.finfo(given).min / 4)
+            table = table.masked_fill(~allowed, torch.finfo(dtype).min / 4)
         return table.expand(*asking.shape[:2], -1, self.num_heads, -1)
 
     def _relative(self, fc: Any, axis: Axis, queries: Tensor, keys: Tensor, like: Tensor) -> Tensor:

@@ -117,5 +117,6 @@ class GlobalReasoning(Mechanism):
             nodes = nodes / p.shape[2] if self.normalize else nodes
             nodes = F.linear(nodes, weights[1], self.adjacency.bias.to(wide)) + nodes
             y = project_distribute(project_columns(nodes.relu(), weights[2]), p, weights[3])
-        out = x + self.norm(y.to(x.dtype).unflatten(2, size))
+        y = self.norm(y.to(self.extend.weight.dtype).unflatten(2, size))  # before the norm the sums may leave the range of a half-precision x
+        out = x + y.to(x.dtype)
         return (out, maps.unflatten(2, size)) if return_weights else out

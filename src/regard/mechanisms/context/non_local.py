@@ -13,6 +13,7 @@ from typing import Any, ClassVar, Literal
 import torch
 from jaxtyping import Float
 from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from ...card import Card, Paper
 from ...errors import require
@@ -65,6 +66,7 @@ class NonLocal(Mechanism):
         grows={"N": 2.0},
         can=frozenset({"weights", "rows", "any_dims", "identity_start", "permutation_equivariant", "row_stochastic"}),
         unless={"permutation_equivariant": "sub_sample", "row_stochastic": f"mode not in {SOFTMAX}"},
+        bounds={"official_names_round_trip": (1e-6, "takes_bias")},  # a running mean takes the bias that mmcv's layer has not
         checked_against="public",
         uncertain="Replayed against mmcv and AlexHex7; the authors' Caffe2 code was read, not run.",
         example={"channels": 16},
@@ -109,6 +111,7 @@ class NonLocal(Mechanism):
         self.concat_project = Linear(2 * d, 1, bias=False, **dd) if adds else None
         self.out = Linear(d, channels, **dd)  # under a norm its bias is zero unless a checkpoint of the plain naming brings one
         self.norm = make_norm(norm, channels, dims, **dd)
+        self.takes_bias = isinstance(self.norm, _BatchNorm) and self.norm.running_mean is not None
         for linear in (self.g, self.theta, self.phi, self.out):
             if linear is not None:
                 nn.init.normal_(linear.weight, std=0.01)
@@ -122,6 +125,9 @@ class NonLocal(Mechanism):
         numbered, plain = (".0", "") if self.sub_sample else ("", ".0"), isinstance(self.norm, nn.Identity)
         pairs = [(f"{ours}{number}", ours) for ours in ("g", "theta", "phi") for number in (numbered if ours != "theta" else ("",))]
         bare = [] if plain else [Rule(("conv_out.conv.weight",), ("out.weight", "out.bias"), _add_bias, _drop_bias)]
+        if self.takes_bias:
+            names = ("out.weight", "out.bias", "norm.running_mean")
+            bare = [Rule(("conv_out.conv.weight", "conv_out.bn.running_mean"), names, _add_bias, _bias_in_mean)]
         mmcv = [*(pointwise(f"{theirs}.conv.*", f"{ours}.*") for theirs, ours in pairs), *bare, pointwise("conv_out.conv.*", "out.*")]
         mmcv += [rename("conv_out.bn.*", "norm.*"), pointwise("concat_project.conv.*", "concat_project.*", 2)]
         alex = [*(pointwise(f"{theirs}.*", f"{ours}.*") for theirs, ours in pairs), rename("W.1.*", "norm.*")]
@@ -182,8 +188,8 @@ class NonLocal(Mechanism):
 
 
 def _add_bias(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
-    (weight,) = tensors
-    return [weight.flatten(1), weight.new_zeros(weight.shape[0])]
+    weight, *mean = tensors
+    return [weight.flatten(1), weight.new_zeros(weight.shape[0]), *mean]
 
 
 def _drop_bias(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
@@ -191,3 +197,9 @@ def _drop_bias(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
     if bool(module.state_dict()["out.bias"].any()):
         raise RuntimeError("out.bias is not zero")
     return [tensors[0].reshape(*tensors[0].shape, *[1] * getattr(module, "dims", 2))]
+
+
+def _bias_in_mean(tensors: list[Tensor], module: nn.Module) -> list[Tensor]:
+    """Batch statistics take a constant out again, and a running mean that is smaller by it does so in evaluation."""
+    weight, bias, mean = tensors
+    return [weight.reshape(*weight.shape, *[1] * getattr(module, "dims", 2)), mean - bias]

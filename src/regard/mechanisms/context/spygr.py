@@ -26,7 +26,7 @@ from ...parts.linear import Linear
 from ...parts.spatial import project_columns, project_distribute, project_gather
 from ...validate import check_map, check_option
 
-_SIZES = [f"(H//{2**level})*(W//{2**level})" for level in range(8)]
+_SIZES = [f"(H//{2**level})*(W//{2**level})" for level in range(12)]
 _PYRAMID = " + ".join(
     f"(({n})*(channels**2 + 2*channels*hidden_channels + hidden_channels)"
     f" + channels*min(hidden_channels*(channels + {n}), {n}*(channels + hidden_channels)) if num_levels > {level} else 0)"
@@ -85,7 +85,7 @@ class SpatialPyramidGraph(Mechanism):
         super().__init__()
         check_option(init, INITS, "init")
         require(channels > 0 and hidden_channels > 0, "channels={} and hidden_channels={} must be at least 1", channels, hidden_channels)
-        require(0 < num_levels <= 8, "num_levels={} must be from 1 to 8", num_levels)
+        require(0 < num_levels <= len(_SIZES), "num_levels={} must be from 1 to {}", num_levels, len(_SIZES))
         require(residual or init == "default", "init='identity' needs residual=True")
         self.channels, self.hidden_channels, self.num_levels, self.residual, self.init = channels, hidden_channels, num_levels, residual, init
         dd: dict[str, Any] = {"device": device, "dtype": dtype}

@@ -31,7 +31,7 @@ def _forward(tpg: Tensor, out: Tensor, weight: Tensor, bias: Tensor, groups: int
     z, s, variance = _centred(tpg, out, groups, scale)
     factor = s * (s.square() * variance + eps).rsqrt()
     slope = factor[:, :, None] * weight.view(groups, -1)
-    z = z.view(tpg.shape[0], out.shape[0], -1)
+    z = z.view(*tpg.shape[:1], out.shape[0], *tpg.shape[2:])
     return torch.addcmul(bias[:, None], z, slope.flatten(1)[:, :, None], out=z)
 
 
@@ -45,7 +45,7 @@ def _backward(
     b, h, n = tpg.shape[0], tpg.shape[1] // 3, tpg.shape[2]
     z, s, variance = _centred(tpg, out, groups, scale)
     size = z.shape[2]
-    z, grad = z.view(b, groups, -1, n), grad.reshape(b, groups, -1, n)
+    z, grad = (one.reshape(b, groups, out.shape[0] // groups, n) for one in (z, grad))
     by_channel = weight.view(groups, -1)
     root = (s.square() * variance + eps).rsqrt()
     factor = s * root

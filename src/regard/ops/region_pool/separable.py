@@ -17,10 +17,10 @@ def pool_mean(x: Tensor, sizes: Sequence[int]) -> Tensor:
     if c > 1 and x.stride(1) == 1 and not torch.compiler.is_compiling():  # channels last
         halfway = torch.bmm(rows.expand(b, -1, -1), x.permute(0, 2, 3, 1).reshape(b, h, w * c)).unflatten(2, (w, c))
         levels = zip(halfway.split(list(sizes), 1), columns.split(list(sizes)), strict=True)
-        return torch.cat([torch.bmm(a.expand(b * len(a), -1, -1), t.flatten(0, 1)).view(b, -1, c) for t, a in levels], 1).mT
+        return torch.cat([torch.bmm(a.expand(b * len(a), -1, -1), t.flatten(0, 1)).unflatten(0, (b, len(a))).flatten(1, 2) for t, a in levels], 1).mT
     halfway = torch.bmm(rows.expand(b * c, -1, -1), x.reshape(b * c, h, w))
     levels = zip(halfway.split(list(sizes), 1), columns.split(list(sizes)), strict=True)
-    return torch.cat([torch.matmul(t, a.mT).flatten(1) for t, a in levels], 1).view(b, c, -1)
+    return torch.cat([torch.matmul(t, a.mT).flatten(1) for t, a in levels], 1).unflatten(0, (b, c))
 
 
 def spread_regions(regions: Tensor, size: tuple[int, int], align_corners: bool) -> Tensor:

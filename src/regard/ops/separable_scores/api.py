@@ -1,5 +1,6 @@
 """Separable scores: precision settled, the way chosen."""
 
+import torch
 from torch import Tensor
 
 from .. import _dispatch
@@ -42,6 +43,8 @@ def separable_weights(q: Tensor, k: Tensor, row: Tensor, column: Tensor) -> Tens
 def _automatic(q: Tensor, width: int) -> tuple[str, str]:
     if _dispatch.on_cpu(q):
         return "chunked", "on CPU two additions in the cache cost less than wider heads"
+    if q.dtype == torch.float16:
+        return "chunked", "scores that hide a key leave the range of float16"
     if width > WIDEST:
         return "chunked", f"rows and columns would widen the heads by {width}, more than {WIDEST}"
     return "extended", "scaled_dot_product_attention on heads widened by rows and columns"

@@ -10,4 +10,6 @@ def extended_attend(q: Tensor, k: Tensor, v: Tensor, row: Tensor, column: Tensor
     rows, columns = (torch.eye(t.shape[-1], dtype=k.dtype, device=k.device) for t in (row, column))
     places = torch.cat((rows.repeat_interleave(column.shape[-1], 0), columns.repeat(row.shape[-1], 1)), -1)
     keys = torch.cat((k, places.expand(*k.shape[:2], -1, -1)), -1)
-    return attend(torch.cat((q, row.to(q.dtype), column.to(q.dtype)), -1), keys, v, scale=1.0)
+    least = torch.finfo(q.dtype).min / 4
+    scores = [t.clamp_min(least).to(q.dtype) for t in (row, column)]  # an infinite one times a zero would be NaN
+    return attend(torch.cat((q, *scores), -1), keys, v, scale=1.0)
