@@ -7,6 +7,7 @@ No scaling. For volumes we follow the paper: the authors' 3-D code scrambles the
 B batch, C channels, H x W the map, R recurrence. Weights sum to one, so v = Wv x + bv is applied to what was gathered, not before.
 """
 
+import math
 from typing import Any, ClassVar, Literal
 
 import torch
@@ -97,12 +98,12 @@ class CrissCrossAttention(Mechanism):
         require(passes > 0, "recurrence={} must be at least 1", passes)
         # Rows of the same height lie together, (H, B, W, C): lines in both directions are then views.
         rows = x.movedim(1, -1).transpose(0, 1).contiguous()
-        shape, lines = rows.shape, (-1, x.shape[-1], self.channels)
+        shape, lines = rows.shape, (math.prod(rows.shape[:-2]), *rows.shape[-2:])
         scores = torch.cat([self.query_conv.weight, self.key_conv.weight]), torch.cat([self.query_conv.bias, self.key_conv.bias])
         values = self.gamma * self.value_conv.weight, self.gamma * self.value_conv.bias
         rows, weights = rows.view(lines), []
         for _ in range(passes):
-            q, k = linear(rows, *scores).view(*shape[:-1], -1).transpose(0, 1).tensor_split(2, -1)
+            q, k = linear(rows, *scores).unflatten(0, shape[:-2]).transpose(0, 1).tensor_split(2, -1)
             if return_weights:
                 weights.append(criss_cross_weights(q, k))
             gathered = criss_cross(q, k, rows.view(shape).transpose(0, 1)).transpose(0, 1)

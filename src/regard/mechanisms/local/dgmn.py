@@ -154,7 +154,7 @@ class DynamicGraphMessagePassing(Mechanism):
         check_map(x, self.channels)
         if self.bottleneck or self.variant == "fast":
             values = x.shape[0] * x.shape[2] * x.shape[3] * (self.width // self.norm_groups)
-            require(values > 1, "norm_groups={} leaves each norm one value of {}; use fewer", self.norm_groups, tuple(x.shape))
+            require(values != 1, "norm_groups={} leaves each norm one value of {}; use fewer", self.norm_groups, tuple(x.shape))
         perms = self._permutations(group_perms, x.device)
         if self.deform != "none" and self.variant == "rigorous" and not self.bottleneck:  # group norms of such maps do not work under vmap
             x = x.contiguous(memory_format=torch.channels_last)  # as samples are gathered

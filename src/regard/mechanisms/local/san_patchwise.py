@@ -110,7 +110,8 @@ class PatchwiseSelfAttention(Mechanism):
         check_statistics(self.norm1, x.shape[0] * -(-x.shape[2] // self.stride) * -(-x.shape[3] // self.stride), "a single patch")
         phi, psi, beta = features(x, self.phi, self.psi, self.beta)
         hidden = self.norm2(self._joint(phi, psi).to(phi.dtype)).relu()
-        weights = project_columns(hidden.flatten(2), self.fc2.weight, self.fc2.bias).view(*hidden.shape[:2], -1, *hidden.shape[2:])
+        weights = project_columns(hidden.flatten(2), self.fc2.weight, self.fc2.bias)
+        weights = weights.unflatten(2, hidden.shape[2:]).unflatten(1, (hidden.shape[1], -1))
         if self.padding_mode == "mask":
             weights = weights * inside_map(x, self.window)
         out = window_apply(weights, beta, self.window, groups="interleaved")

@@ -132,7 +132,7 @@ class CrossAttentionFewShot(Mechanism):
             require(x.ndim == 5, "{} must be (batch, maps, channels, {}, {}), got {} axes: {}", name, h, w, x.ndim, tuple(x.shape))
             tied = "{} has maps of {} but this module was made with spatial_size={}, to which its fusion layer is tied: make another, or resize"
             require(tuple(x.shape[3:]) == self.spatial_size, tied, name, tuple(x.shape[3:]), self.spatial_size)
-            require(min(x.shape[:3]) > 0, "{} has an empty axis: {}", name, tuple(x.shape))
+            require(min(x.shape[1:3]) > 0, "{} has an empty axis: {}", name, tuple(x.shape))
         for axis, what in ((0, "batch"), (2, "channels")):
             require(support.shape[axis] == query.shape[axis], "support has {} {} but query has {}", what, support.shape[axis], query.shape[axis])
         pairs = support.shape[0] * support.shape[1] * query.shape[1]

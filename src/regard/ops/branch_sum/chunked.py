@@ -17,7 +17,7 @@ _ELEMENTS = 1 << 16
 def _parts(u: Tensor, weights: Tensor) -> Iterator[tuple[int, slice, list[tuple[int, slice]]]]:
     """Samples, runs of their channels of about 256 KiB, and where each branch has that run."""
     _, radix, channels = weights.shape
-    step = max(1, _ELEMENTS // u[0, 0].numel())
+    step = max(1, _ELEMENTS // math.prod(u.shape[2:]))
     for b in range(u.shape[0]):
         for at in range(0, channels, step):
             to = min(at + step, channels)

@@ -75,7 +75,7 @@ def _weights(q: Tensor, k: Tensor, block: slice) -> Tensor:
     """(rows, B, W, H + W) of the queries in a block of rows."""
     (h, b, w, _), own = k.shape, q[block]
     p = q.new_empty(own.shape[0], b, w, h + w)
-    p[..., h:] = torch.bmm(_rows(own), _rows(k[block]).mT).view(-1, b, w, w)
+    p[..., h:] = torch.bmm(_rows(own), _rows(k[block]).mT).view(own.shape[0], b, w, w)
     column = torch.bmm(_columns(own), _columns(k).mT)
     column.diagonal(block.start, 1, 2).fill_(float("-inf"))  # the row counts the pixel itself
     _columns(p[..., :h]).copy_(column)

@@ -5,6 +5,7 @@
 |q|^2 is the same for all c and cancels.
 """
 
+import math
 from typing import Any
 
 import torch
@@ -111,8 +112,8 @@ class _Summaries(torch.autograd.Function):
 
 def _samples(k: Tensor) -> list[slice]:
     """Parts of the batch to work through one after the other, so that what is temporary stays small."""
-    step = max(1, SAMPLES // k[0].numel())
-    return [slice(first, first + step) for first in range(0, k.shape[0], step)]
+    step = max(1, SAMPLES // math.prod(k.shape[1:]))
+    return [slice(first, first + step) for first in range(0, max(1, k.shape[0]), step)]
 
 
 def _widened(k: Tensor, v: Tensor, w: Tensor, mask: Tensor | None, some: slice) -> tuple[Tensor, Tensor, Tensor]:

@@ -113,7 +113,8 @@ class Pairs:
 def pad(x: Tensor, window: Window) -> Tensor:
     """A map (..., H, W) with what lies around it: its mirror image, or zeros."""
     reach = window.dilation * (window.kernel_size - 1) // 2
-    return F.pad(x, (reach,) * 4, "reflect" if window.padding == "reflect" else "constant") if x.shape[0] else F.pad(x, (reach,) * 4)
+    mirrored = window.padding == "reflect" and x.numel()  # torch mirrors nothing empty
+    return F.pad(x, (reach,) * 4, "reflect" if mirrored else "constant")
 
 
 def check_reach(window: Window, height: int, width: int) -> None:

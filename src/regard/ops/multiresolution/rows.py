@@ -84,7 +84,7 @@ def _backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     resolution = Resolution.of(options)
     n, b = resolution.rows(q.shape[1]), resolution.block_size
-    picked = picked.view(*lse.shape[:2], -1)
+    picked = picked.view(*lse.shape[:2], resolution.refined(n))
     dq, dk, dv = (q.new_empty(q.shape) for _ in range(3))
     for some, mask in _groups(q, key_mask, resolution):
         qb, kb, vb, gb, ob = (_load(x, some, n, b, mask) for x in (q, k, v, grad, out))

@@ -16,7 +16,7 @@ _ELEMENTS = 1 << 18
 
 def _parts(x: Tensor) -> Iterator[tuple[int, slice]]:
     """Samples, and runs of their channels of about 1 MiB."""
-    step = max(1, _ELEMENTS // x[0, 0].numel())
+    step = max(1, _ELEMENTS // math.prod(x.shape[2:]))
     for b in range(x.shape[0]):
         for at in range(0, x.shape[1], step):
             yield b, slice(at, at + step)

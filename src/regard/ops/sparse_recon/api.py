@@ -75,6 +75,8 @@ def fourier_recon(
     Returns:
         (B, C, H, W) in the dtype of `x`, and z (B, C, r, H, W) or None. Computed in float32 at least.
     """
+    if not x.numel():  # there are no transforms of nothing
+        return x, x.unsqueeze(2).expand(-1, -1, kernel.shape[1], -1, -1) if return_code else None
     given, exact = x.dtype, at_least_float32(x)
     with full_precision(x):
         x, kernel, after, bound = (t.to(exact) for t in (x, kernel, after, bound))

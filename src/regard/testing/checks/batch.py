@@ -32,6 +32,20 @@ def batch_permutation(subject: Subject) -> None:
 
 
 @check()
+def empty_batch_stays_empty(subject: Subject) -> None:
+    """A batch of none, as a loader's last shard may be, gives an output of none and gradients of zero."""
+    module, inputs = subject.build().eval(), subject.inputs()
+    whole = forward(module, inputs)
+    empty = {name: t[:0].requires_grad_(t.is_floating_point()) for name, t in inputs.items()}
+    out = forward(module, empty)
+    expect(out.shape == (0, *whole.shape[1:]), "an empty batch gives {}, others {}", tuple(out.shape), tuple(whole.shape))
+    if out.requires_grad:
+        out.sum().backward()
+    left = [name for name, p in module.named_parameters() if p.grad is not None and bool(p.grad.ne(0).any())]
+    expect(not left, "an empty batch leaves gradients that are not zero, or not finite: {}", left)
+
+
+@check()
 def batch_of_one_in_training(subject: Subject) -> None:
     """Training with a batch of one works, or a RegardError says the way out."""
     for size in (subject.size(), 1 if isinstance(subject.size(), int) else tuple(1 for _ in subject.size())):  # type: ignore[union-attr]

@@ -24,6 +24,13 @@ class KnowsItsPlaceInTheBatch(Tokens):
         return super().finish(weights, v, x) * (1 + torch.arange(x.shape[0], device=x.device, dtype=x.dtype))[:, None, None]
 
 
+class CannotInferAWidth(Tokens):
+    fails = "empty_batch_stays_empty"
+
+    def finish(self, weights: Tensor, v: Tensor, x: Tensor) -> Tensor:
+        return super().finish(weights, v, x).reshape(x.shape[0], x.shape[1], -1)
+
+
 class WritesToItsInput(Tokens):
     fails = "input_not_modified"
 
