@@ -139,6 +139,21 @@ def test_a_size_that_is_no_whole_number_is_answered(id: str, value: object) -> N
         regard.create(id, **{**example, name: value})
 
 
+@pytest.mark.parametrize(
+    ("id", "option", "said"),
+    [
+        ("hard_attention", {"temperature": "a"}, "temperature='a' must be a number"),
+        ("lstm_cell", {"forget_bias": "a"}, "forget_bias='a' must be a number"),
+        ("evoformer", {"column_attention": "no"}, "column_attention='no' must be True or False"),
+        ("multi_head", {"qkv_bias": 1}, "qkv_bias=1 must be True or False"),
+        ("context_transformer", {"scale": True}, "scale=True must be a number"),
+    ],
+)
+def test_an_option_of_another_kind_is_answered(id: str, option: dict, said: str) -> None:
+    with pytest.raises(RegardTypeError, match=said):
+        regard.create(id, **{**regard.card(id).example, **option})
+
+
 def test_sizes_of_numpy_and_none_where_it_means_something() -> None:
     block = regard.create("multi_head", dim=numpy.int64(16), num_heads=numpy.int32(2), head_dim=None)
     assert block(torch.zeros(1, 3, 16)).shape == (1, 3, 16)

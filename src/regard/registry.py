@@ -9,7 +9,7 @@ import inspect
 import pkgutil
 from functools import cache
 from importlib.metadata import EntryPoint, entry_points
-from numbers import Integral
+from numbers import Integral, Real
 from typing import Any
 
 from . import mechanisms
@@ -115,16 +115,18 @@ def create(id: str, /, *args: Any, **options: Any) -> Mechanism:
     except TypeError as error:
         raise RegardTypeError(f"{id}: {error}; for example create({id!r}, {_spelled(kind.card.example)})") from None
     for name, value in given.items():
-        _check_whole(name, value, parameters[name].annotation)
+        _check_kind(name, value, parameters[name].annotation)
     return kind(*args, **options)
 
 
-def _check_whole(name: str, value: Any, annotation: Any) -> None:
-    """Sizes are whole numbers: anything else would fail in the depths of a layer, or pass a comparison by accident."""
-    optional = annotation == int | None
-    if (annotation is int or optional) and not (optional and value is None):
-        whole = isinstance(value, Integral) and not isinstance(value, bool)
-        require_type(whole, "{}={!r} must be a whole number{}", name, value, " or None" if optional else "")
+def _check_kind(name: str, value: Any, annotation: Any) -> None:
+    """Numbers and switches are what they are said to be: anything else would fail in the depths of a layer, or pass a comparison by accident."""
+    for kind, wanted, what in ((int, Integral, "a whole number"), (float, Real, "a number"), (bool, bool, "True or False")):
+        optional = annotation == kind | None
+        if annotation is not kind and not optional:
+            continue
+        fits = isinstance(value, wanted) and (kind is bool or not isinstance(value, bool))
+        require_type(fits or (optional and value is None), "{}={!r} must be {}{}", name, value, what, " or None" if optional else "")
 
 
 def _near(name: str, names: list[str]) -> str:

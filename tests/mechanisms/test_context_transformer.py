@@ -103,7 +103,7 @@ def test_normalised_scores_are_cosines() -> None:
 def test_imprint() -> None:
     net, generator = module(), torch.Generator().manual_seed(2)
     before = net.target.weight.clone()
-    features, labels = torch.randn(5, 6, dtype=torch.float64, generator=generator), torch.tensor([0, 3, 0, 3, 0])
+    features, labels = torch.randn(5, 6, dtype=torch.float64, generator=generator), torch.tensor([0, 3, 0, 3, 0], dtype=torch.int32)
     net.imprint(features, labels)
     unit = features / features.norm(dim=1, keepdim=True)
     for c in (0, 3):

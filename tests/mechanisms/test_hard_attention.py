@@ -166,8 +166,8 @@ def test_the_gradient_is_the_rule(mask_steps, sum_cost):
     expected = by_rule(weights.detach(), indices, cost, 0.7, mask, 0.3, 0.05, mask_steps, sum_cost)
     assert torch.allclose(torch.autograd.grad(loss, weights, retain_graph=True)[0], expected, atol=1e-12)
     mean = (cost * mask).sum() / (mask.sum() if mask_steps else 12)
-    assert torch.allclose(new, 0.9 * 0.7 + 0.1 * mean)
-    same, _ = hard_attention_loss(None, indices, cost, torch.tensor(0.7), log_weights=scores.log_softmax(-1), **options)
+    assert torch.allclose(new, 0.9 * 0.7 + 0.1 * mean, rtol=1e-12)
+    same, _ = hard_attention_loss(None, indices, cost, torch.tensor(0.7, dtype=torch.float64), log_weights=scores.log_softmax(-1), **options)
     assert torch.allclose(same, loss)
     assert torch.allclose(*(torch.autograd.grad(x, scores, retain_graph=True)[0] for x in (same, loss)), atol=1e-12)
 

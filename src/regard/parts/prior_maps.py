@@ -47,6 +47,9 @@ def context_pool(
 
 
 def _each(value: int | Sequence[int], count: int, name: str) -> list[int]:
+    numbers = [value] if isinstance(value, int) else value
+    whole = isinstance(numbers, Sequence) and all(isinstance(n, int) for n in numbers)
+    require_type(whole, "{}={!r} must be a whole number, or one for each map", name, value)
     values = [value] * count if isinstance(value, int) else list(value)
     require(len(values) >= count, "{}={} has {} entries for {} maps", name, value, len(values), count)
     require(min(values) > 0, "{}={} must be at least 1", name, value)

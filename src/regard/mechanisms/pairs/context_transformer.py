@@ -132,6 +132,7 @@ class ContextTransformer(Mechanism):
         require(labels.shape == features.shape[:1], "labels must be ({},), got {}", len(features), tuple(labels.shape))
         outside = labels[(labels < 0) | (labels >= self.num_novel)].unique().tolist()
         require(not outside, "labels {} are not among the {} novel classes, 0 to {}", outside, self.num_novel, self.num_novel - 1)
+        labels = labels.long()
         sums = torch.zeros_like(self.target.weight).index_add_(0, labels, F.normalize(features, eps=EPS).to(self.target.weight))
         there = torch.zeros(self.num_novel, dtype=torch.bool, device=sums.device).index_fill_(0, labels, True)
         self.target.weight.copy_(torch.where(there[:, None], F.normalize(sums, eps=EPS), self.target.weight))

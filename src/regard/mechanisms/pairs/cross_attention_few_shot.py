@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...card import Card, Paper
-from ...errors import require
+from ...errors import require, require_type
 from ...mechanism import Mechanism
 from ...official import KeyMap, pointwise, rename
 from ...ops._precision import at_least_float32, full_precision
@@ -135,6 +135,7 @@ class CrossAttentionFewShot(Mechanism):
             require(min(x.shape[1:3]) > 0, "{} has an empty axis: {}", name, tuple(x.shape))
         for axis, what in ((0, "batch"), (2, "channels")):
             require(support.shape[axis] == query.shape[axis], "support has {} {} but query has {}", what, support.shape[axis], query.shape[axis])
+        require_type(support.dtype == query.dtype, "support is {} but query is {}; convert one", support.dtype, query.dtype)
         pairs = support.shape[0] * support.shape[1] * query.shape[1]
         alone = "BatchNorm in training cannot normalise a single pair of maps; call module.eval(), or use a larger batch"
         require(not self.training or pairs > 1, alone)

@@ -87,7 +87,7 @@ def hard_attention_loss(
     with full_precision(given), torch.no_grad():
         dtype = at_least_float32(given, cost)
         cost = cost.to(dtype) if time_mask is None else cost.to(dtype).masked_fill(~time_mask, 0.0)
-        baseline = torch.as_tensor(baseline, device=cost.device).to(dtype)
+        baseline = torch.as_tensor(baseline, dtype=dtype, device=cost.device)
         real = time_mask.to(dtype) if mask_steps and time_mask is not None else torch.ones_like(cost)
         new_baseline = 0.9 * baseline + 0.1 * cost.sum() / real.sum().clamp_min(1)
         reward = cost.sum(1, keepdim=True) / real.sum(1, keepdim=True).clamp_min(1) - baseline if sum_cost else cost

@@ -91,7 +91,10 @@ def attention_weights(
     n, m = q.shape[2], k.shape[2]
     if causal:
         mask = combine_masks(mask, causal_mask(n, m, q.device))
-    return reference.weights(q, _repeat_heads(k, q.shape[1]), q.shape[-1] ** -0.5 if scale is None else scale, mask, bias)
+    given, factor = q.dtype, q.shape[-1] ** -0.5 if scale is None else scale
+    with full_precision(q):  # the products leave the range of half precision where the fused kernel's do not
+        q, k = (t.to(at_least_float32(t)) for t in (q, k))
+        return reference.weights(q, _repeat_heads(k, q.shape[1]), factor, mask, bias).to(given)
 
 
 def causal_mask(n: int, m: int, device: torch.device | None = None, queries: Tensor | None = None) -> Tensor:
