@@ -11,17 +11,18 @@ from torch import Tensor
 
 from .._operator import operator
 
-_ELEMENTS = 1 << 16
+_ELEMENTS = 1 << 20
 
 
-def _parts(u: Tensor, weights: Tensor) -> Iterator[tuple[int, slice, list[tuple[int, slice]]]]:
-    """Samples, runs of their channels of about 256 KiB, and where each branch has that run."""
+def _parts(u: Tensor, weights: Tensor) -> Iterator[tuple[slice, slice, list[tuple[int, slice]]]]:
+    """Runs of samples, or of the channels of one, of about 4 MiB, and where each branch has that run."""
     _, radix, channels = weights.shape
-    step = max(1, _ELEMENTS // math.prod(u.shape[2:]))
-    for b in range(u.shape[0]):
+    plane = math.prod(u.shape[2:])
+    samples, step = max(1, _ELEMENTS // (channels * plane)), max(1, _ELEMENTS // plane)
+    for b in range(0, u.shape[0], samples):
         for at in range(0, channels, step):
             to = min(at + step, channels)
-            yield b, slice(at, to), [(r, slice(r * channels + at, r * channels + to)) for r in range(radix)]
+            yield slice(b, b + samples), slice(at, to), [(r, slice(r * channels + at, r * channels + to)) for r in range(radix)]
 
 
 def _forward(u: Tensor, weights: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def _backward(d_out: Tensor, u: Tensor, weights: Tensor) -> tuple[Tensor, Tensor
     for b, part, runs in _parts(u, weights):
         d = d_out[b, part]
         for r, run in runs:
-            torch.sum(d * u[b, run], (1, 2), out=d_weights[b, r, part])
+            d_weights[b, r, part] = (d * u[b, run]).sum((2, 3))
             torch.mul(d, weights[b, r, part, None, None], out=du[b, run])
     return du, d_weights
 

@@ -11,18 +11,19 @@ from torch import Tensor
 
 from .._operator import operator
 
-_ELEMENTS = 1 << 18
+_ELEMENTS = 1 << 19
 
 
-def _parts(x: Tensor) -> Iterator[tuple[int, slice]]:
-    """Samples, and runs of their channels of about 1 MiB."""
-    step = max(1, _ELEMENTS // math.prod(x.shape[2:]))
-    for b in range(x.shape[0]):
-        for at in range(0, x.shape[1], step):
-            yield b, slice(at, at + step)
+def _parts(x: Tensor) -> Iterator[tuple[slice, slice]]:
+    """Runs of samples, or of the channels of one, of about 2 MiB."""
+    plane = math.prod(x.shape[2:])
+    samples, channels = max(1, _ELEMENTS // (x.shape[1] * plane)), max(1, _ELEMENTS // plane)
+    for b in range(0, x.shape[0], samples):
+        for at in range(0, x.shape[1], channels):
+            yield slice(b, b + samples), slice(at, at + channels)
 
 
-def _gate(channel: Tensor, position: Tensor, b: int, part: slice, mul: bool) -> Tensor:
+def _gate(channel: Tensor, position: Tensor, b: slice, part: slice, mul: bool) -> Tensor:
     column, plane = channel[b, part, None, None], position[b]
     return torch.sigmoid_(column * plane if mul else column + plane)
 
@@ -37,13 +38,13 @@ def _forward(x: Tensor, channel: Tensor, position: Tensor, mul: bool, at_zero: f
 
 def _backward(d_out: Tensor, x: Tensor, channel: Tensor, position: Tensor, mul: bool, at_zero: float) -> tuple[Tensor, Tensor, Tensor]:
     dx, d_channel, d_position = torch.empty_like(x), torch.empty_like(channel), torch.zeros_like(position)
-    planes = position.flatten(1) if mul else torch.ones_like(position).flatten(1)
+    planes = position.flatten(2) if mul else torch.ones_like(position).flatten(2)
     columns = channel if mul else torch.ones_like(channel)
     for b, part in _parts(x):
         gate, d = _gate(channel, position, b, part, mul), d_out[b, part]
-        d_logits = torch.ops.aten.sigmoid_backward(d * x[b, part], gate).flatten(1)
-        d_channel[b, part] = torch.mv(d_logits, planes[b])
-        d_position[b] += torch.mv(d_logits.mT, columns[b, part]).view(position.shape[1:])
+        d_logits = torch.ops.aten.sigmoid_backward(d * x[b, part], gate).flatten(2)
+        d_channel[b, part] = torch.bmm(planes[b], d_logits.mT)[:, 0]
+        d_position[b] += torch.bmm(columns[b, None, part], d_logits).view(d_position[b].shape)
         torch.mul(d, gate.add_(1), out=dx[b, part])
     if at_zero != 1:
         for one in (dx, d_channel, d_position):
