@@ -154,6 +154,16 @@ def test_an_option_of_another_kind_is_answered(id: str, option: dict, said: str)
         regard.create(id, **{**regard.card(id).example, **option})
 
 
+@pytest.mark.parametrize(
+    ("id", "name"),
+    [("sk", "kernel_sizes"), ("spp", "levels"), ("ppm", "bins"), ("adaptive_context", "scales"), ("asymmetric_non_local", "pool_sizes")],
+)
+@pytest.mark.parametrize("value", ["12", (1.5,), (), (0, 1)])
+def test_sizes_that_are_no_sizes_are_answered(id: str, name: str, value: object) -> None:
+    with pytest.raises(RegardError, match=name):
+        regard.create(id, 32, **{name: value})
+
+
 def test_sizes_of_numpy_and_none_where_it_means_something() -> None:
     block = regard.create("multi_head", dim=numpy.int64(16), num_heads=numpy.int32(2), head_dim=None)
     assert block(torch.zeros(1, 3, 16)).shape == (1, 3, 16)

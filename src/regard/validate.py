@@ -1,5 +1,8 @@
 """Checks of what users pass, done before any work: each names the argument, what it is and what it must be."""
 
+from collections.abc import Sequence
+from numbers import Integral
+
 from torch import Tensor
 from torch import bool as torch_bool
 
@@ -71,6 +74,15 @@ def check_broadcastable(mask: Tensor, shape: tuple[int, ...], name: str) -> None
 def check_divisible(value: int, by: int, name: str, by_name: str) -> None:
     require(by > 0, "{}={} must be at least 1", by_name, by)
     require(value % by == 0, "{}={} is not divisible by {}={}", name, value, by_name, by)
+
+
+def whole_numbers(value: object, name: str) -> tuple[int, ...]:
+    """A sequence of sizes as a tuple: at least one, each a whole number from 1 up."""
+    whole = isinstance(value, Sequence) and all(isinstance(n, Integral) and not isinstance(n, bool) for n in value)
+    require_type(whole, "{}={!r} must be a sequence of whole numbers, such as (1, 2, 3)", name, value)
+    assert isinstance(value, Sequence)
+    require(len(value) > 0 and min(value) > 0, "{}={} must name at least one number, each at least 1", name, value)
+    return tuple(int(n) for n in value)
 
 
 def check_option(value: object, choices: tuple[object, ...], name: str) -> None:

@@ -86,3 +86,11 @@ def test_wrong_calls():
         make(8).train()(torch.randn(1, 8, 4, 4))
     assert make(8, norm=None).train()(torch.randn(1, 8, 4, 4)).shape == (1, 8, 4, 4)
     assert make(8, padding=2, dilation=2)(torch.randn(2, 8, 9, 8)).shape == (2, 8, 9, 8)
+
+
+@pytest.mark.parametrize("two_path", [False, True])
+def test_a_single_position_is_answered_before_anything_is_updated(two_path):
+    module = regard.create("sc_conv", 8, pooling_r=2, stride=8, two_path=two_path)
+    with pytest.raises(RegardError, match="BatchNorm in training"):
+        module(torch.randn(1, 8, 8, 8))
+    assert all(int(b) == 0 for name, b in module.named_buffers() if name.endswith("num_batches_tracked"))

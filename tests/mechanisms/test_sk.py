@@ -102,3 +102,11 @@ def test_norms_and_biases():
 def test_wrong_options(options, words):
     with pytest.raises(RegardError, match=words):
         make(8, **options)
+
+
+def test_heads_of_unequal_rows_are_refused():
+    module = regard.create("sk", 16, groups=4, attn_norm=False)
+    state = to_official(module)
+    rows = torch.cat([state["fcs.0.weight"], state["fcs.1.weight"]])
+    with pytest.raises(RegardError, match=r"each of them has 16 rows, got \[20, 12\]"):
+        load_official(module, {**state, "fcs.0.weight": rows[:20], "fcs.1.weight": rows[20:]})

@@ -48,6 +48,13 @@ class ConvNorm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.finish(self.conv(x))
 
+    def check(self, batch: int, channels: int, *size: int) -> None:
+        """Answer in advance, before anything is updated, for a map of this shape that is too small for batch statistics."""
+        conv = self.conv
+        for n, k, stride, padding, dilation in zip(size, conv.kernel_size, conv.stride, conv.padding, conv.dilation, strict=True):
+            batch *= (n + 2 * int(padding) - dilation * (k - 1) - 1) // stride + 1
+        check_batch_statistics(self.norm, batch, "a batch of one map with one position")
+
     def finish(self, x: Tensor) -> Tensor:
         """What follows the convolution, given its output, which may be overwritten."""
         check_batch_statistics(self.norm, x.numel() // x.shape[1], "a batch of one map with one position")

@@ -111,7 +111,7 @@ class BottleneckAttention(Mechanism):
             rules += [rename(f"{spatial}{theirs}_di_{i}.*", f"spatial_layers.{i}.{ours}.*") for theirs, ours in (("conv", "conv"), ("bn", "norm"))]
         return (KeyMap("Jongchan/attention-module", tuple(rules)),)
 
-    def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Float[Tensor, "b channels h w"], return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, H, W) -> the same, or that and g, of the same shape."""
         channel, position = self._logits(x)
         out = apply_outer_gate(x, channel, position, self.combine, self._at_zero)

@@ -126,7 +126,7 @@ class ConvolutionalBlockAttention(Mechanism):
             if zero_init or init == "identity":
                 zero_init_(self.conv if spatial_norm is None else self.norm)
 
-    def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
+    def forward(self, x: Float[Tensor, "b channels h w"], return_weights: bool = False) -> Tensor | tuple[Tensor, tuple[Tensor, Tensor | None]]:
         """(B, C, H, W) -> the same, or that and the gates (B, C, 1, 1) and (B, 1, H, W), None without a spatial gate."""
         channel, gated, spatial = self._gates(x)
         if spatial is None:

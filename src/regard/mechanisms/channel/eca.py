@@ -96,7 +96,7 @@ class EfficientChannelAttention(Mechanism):
         if init == "identity":
             zero_init_(self.conv)
 
-    def forward(self, x: Float[Tensor, "b channels *space"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Float[Tensor, "b channels *space"], return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, *space) -> the same shape, or that and the gate (B, C, 1, ...)."""
         gate = self.gate(x)
         out = x * gate

@@ -119,7 +119,7 @@ class GlobalContext(Mechanism):
             if mlp is not None and (zero_init or init == "identity"):
                 zero_init_(mlp.fc2)
 
-    def forward(self, x: Float[Tensor, "b channels *space"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
+    def forward(self, x: Float[Tensor, "b channels *space"], return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor | None]:
         """(B, C, *space) -> the same shape, or that and a (B, 1, *space), None for pool="avg"."""
         context, attention = self._context(x)
         out = x

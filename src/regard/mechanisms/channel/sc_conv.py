@@ -117,11 +117,14 @@ class SelfCalibratedConvolution(Mechanism):
     def key_maps(self) -> tuple[KeyMap, ...]:
         return self.official[self.two_path :][:1]
 
-    def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Float[Tensor, "b channels h w"], return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, H, W) -> (B, C, H', W'), or that and the gate (B, C, H, W), of the second half of the channels with two_path."""
         check_map(x, self.channels)
         hint = "a map of size {} is smaller than pooling_r={}; use larger maps or a smaller pooling_r"
         require(min(x.shape[2:]) >= self.pooling_r, hint, tuple(x.shape[2:]), self.pooling_r)
+        b, (h, w), r = x.shape[0], x.shape[2:], self.pooling_r
+        for layer, size in ((self.k2, (h // r, w // r)), (self.k3, (h, w)), (self.k4, (h, w))):
+            layer.check(b, x.shape[1], *size)
         plain, x = x.tensor_split(2, 1) if self.k1 is not None else (None, x)
         gate = self._gate(x)
         out = self.k4(self.k3(x) * (gate if self.gain is None else 1 + self.gain * (gate - 1)))

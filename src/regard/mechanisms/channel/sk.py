@@ -26,7 +26,7 @@ from ...parts.conv_norm import ConvNorm
 from ...parts.gates import INITS
 from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, make_norm
-from ...validate import check_divisible, check_map, check_option
+from ...validate import check_divisible, check_map, check_option, whole_numbers
 
 
 class SelectiveKernel(Mechanism):
@@ -94,8 +94,7 @@ class SelectiveKernel(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
-        kernel_sizes, out_channels = tuple(kernel_sizes), channels if out_channels is None else out_channels
-        require(len(kernel_sizes) > 0, "kernel_sizes={} must name at least one", kernel_sizes)
+        kernel_sizes, out_channels = whole_numbers(kernel_sizes, "kernel_sizes"), channels if out_channels is None else out_channels
         require(all(k >= 3 and k % 2 == 1 for k in kernel_sizes), "kernel_sizes={} must be odd and at least 3", kernel_sizes)
         require(min(channels, out_channels) > 0, "channels={} and out_channels={} must be at least 1", channels, out_channels)
         require(min(stride, dilation) > 0, "stride={} and dilation={} must be at least 1", stride, dilation)
@@ -137,13 +136,18 @@ class SelectiveKernel(Mechanism):
         heads = Rule(
             tuple(f"fcs.{r}.*" for r in places),
             ("fc2.*",),
-            lambda tensors, module: [torch.cat(tensors)],
+            self._join_heads,
             lambda tensors, module: list(tensors[0].tensor_split(self.num_branches)),
         )
         pppLang = (*branches("convs.{}.0", "convs.{}.1"), rename("fc.*", "fc1.*"), heads)
         return (KeyMap("pppLang/SKNet", pppLang, optional=("gain",)),)
 
-    def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def _join_heads(self, heads: list[Tensor], module: nn.Module) -> list[Tensor]:
+        rows = [len(head) for head in heads]
+        require(set(rows) == {self.out_channels}, "each of them has {} rows, got {}", self.out_channels, rows)
+        return [torch.cat(heads)]
+
+    def forward(self, x: Float[Tensor, "b channels h w"], return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, H, W) -> (B, out_channels, H', W'), or that and the weights (B, R, out_channels)."""
         check_map(x, self.channels)
         check_batch_statistics(self.hidden_norm, x.shape[0], "a batch of one pooled vector")

@@ -137,7 +137,7 @@ class SplitAttention(Mechanism):
         self.fc2 = Linear(self.hidden_channels // groups, radix * out_channels, **dd)
         self.gain = nn.Parameter(torch.zeros(1, **dd)) if init == "identity" else None
 
-    def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
+    def forward(self, x: Float[Tensor, "b channels h w"], return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor]:
         """(B, C, H, W) -> (B, Co, H', W'), or that and the weights (B, R, Co)."""
         check_map(x, self.channels)
         span = self.dilation * (self.kernel_size - 1) + 1

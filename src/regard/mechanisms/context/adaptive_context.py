@@ -28,7 +28,7 @@ from ...parts.gates import INITS
 from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics
 from ...parts.spatial import project_columns
-from ...validate import check_map, check_option
+from ...validate import check_map, check_option, whole_numbers
 
 _LAYERS = (
     ("pooled_redu_conv", "pooled"),
@@ -87,9 +87,8 @@ class AdaptiveContext(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
-        self.scales = scales if isinstance(scales, int) else tuple(scales)
-        self.pyramid, self.sizes = not isinstance(scales, int), (scales,) if isinstance(scales, int) else tuple(scales)
-        require(len(self.sizes) > 0 and min(self.sizes) > 0, "scales={} must name at least one, each at least 1", scales)
+        self.pyramid, self.sizes = not isinstance(scales, int), whole_numbers((scales,) if isinstance(scales, int) else scales, "scales")
+        self.scales = self.sizes if self.pyramid else scales
         h = channels // 4 if hidden_channels is None else hidden_channels
         hint = "the hidden width is {}, at least 1 is needed; see channels={}, hidden_channels={}"
         require(min(channels, h) > 0, hint, h, channels, hidden_channels)
@@ -115,7 +114,7 @@ class AdaptiveContext(Mechanism):
             rules += [*(rename(*pair) for pair in pairs), pointwise(f"{prefix}gla.*", f"affinity.{i}.*")]
         return (KeyMap("Junjun2016/APCNet", tuple(rules), optional=("gain",)),)
 
-    def forward(self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
+    def forward(self, x: Float[Tensor, "b channels h w"], return_weights: bool = False) -> Tensor | tuple[Tensor, Tensor | tuple[Tensor, ...]]:
         """(B, C, H, W) -> (B, h, H, W), or that and the gates (B, s^2, H, W), of every scale in a pyramid."""
         check_map(x, self.channels)
         glob: Any = self.glob[0]

@@ -19,7 +19,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from ...card import Card, Paper
-from ...errors import require, require_type
+from ...errors import require
 from ...mechanism import Mechanism
 from ...official import KeyMap, Rule, pointwise, rename
 from ...ops.region_pool import pool_regions
@@ -28,7 +28,7 @@ from ...parts.gates import INITS
 from ...parts.linear import Linear
 from ...parts.norm import Norm, check_batch_statistics, zero_init_
 from ...parts.spatial import project_columns
-from ...validate import check_map, check_option
+from ...validate import check_map, check_option, whole_numbers
 
 
 class AsymmetricNonLocal(Mechanism):
@@ -88,14 +88,12 @@ class AsymmetricNonLocal(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
-        require_type(isinstance(pool_sizes, Sequence), "pool_sizes={!r} must be a sequence of sizes, such as (1, 3, 6, 8)", pool_sizes)
-        pool_sizes = tuple(pool_sizes)
+        pool_sizes = whole_numbers(pool_sizes, "pool_sizes")
         d = channels // 2 if hidden_channels is None else hidden_channels
         dv, out = d if value_channels is None else value_channels, channels if out_channels is None else out_channels
         hint = "channels={}, hidden_channels={}, value_channels={}, out_channels={}, num_stages={}: each at least 1"
         require(min(channels, d, dv, out, num_stages) > 0, hint, channels, d, dv, out, num_stages)
         require(low_channels is None or low_channels > 0, "low_channels={} must be at least 1, or None", low_channels)
-        require(len(pool_sizes) > 0 and min(pool_sizes) > 0, "pool_sizes={} must name at least one size, each at least 1", pool_sizes)
         require(0 <= dropout < 1, "dropout={} must be at least 0 and below 1", dropout)
         check_option(init, INITS, "init")
         self.channels, self.hidden_channels, self.value_channels, self.out_channels, self.low_channels = channels, d, dv, out, low_channels

@@ -24,7 +24,7 @@ from ...ops.region_pool import pool_regions, spread_convolved, spread_regions
 from ...parts.conv_norm import ConvNorm
 from ...parts.gates import INITS
 from ...parts.norm import Norm, check_batch_statistics
-from ...validate import check_map, check_option
+from ...validate import check_map, check_option, whole_numbers
 
 
 class PyramidPooling(Mechanism):
@@ -81,9 +81,8 @@ class PyramidPooling(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
-        bins = tuple(bins)
+        bins = whole_numbers(bins, "bins")
         require(channels > 0, "channels={} must be at least 1", channels)
-        require(len(bins) > 0 and min(bins) > 0, "bins={} must name at least one number of bins, each at least 1", bins)
         hidden = channels // len(bins) if hidden_channels is None else hidden_channels
         hint = "the hidden width is {}, at least 1 is needed; see channels={}, bins={}, hidden_channels={}"
         require(hidden > 0, hint, hidden, channels, bins, hidden_channels)
@@ -113,6 +112,8 @@ class PyramidPooling(Mechanism):
         level: Any
         for n, level in zip(self.bins, self.levels, strict=True):
             check_batch_statistics(level.norm, x.shape[0] * n * n, f"a batch of one region (of bins={self.bins})")
+        if self.bottleneck is not None:
+            self.bottleneck.check(*x.shape)
         size = (x.shape[2], x.shape[3])
         pooled = pool_regions(x, self.bins).split([n * n for n in self.bins], 2)
         regions = [level(one.unflatten(2, (n, n))) for n, one, level in zip(self.bins, pooled, self.levels, strict=True)]

@@ -18,7 +18,7 @@ from ...card import Card, Paper
 from ...errors import require, require_type
 from ...mechanism import Mechanism
 from ...ops.region_pool import pool_boxes, pool_regions, pool_windows
-from ...validate import check_floating, check_map, check_option
+from ...validate import check_floating, check_map, check_option, whole_numbers
 
 _ADAPTIVE_MEAN = "pool == 'mean' and binning == 'adaptive'"
 
@@ -72,9 +72,8 @@ class SpatialPyramidPooling(Mechanism):
         dtype=None,
     ) -> None:
         super().__init__()
-        levels = tuple(levels)
+        levels = whole_numbers(levels, "levels")
         require(channels is None or channels > 0, "channels={} must be at least 1, or None", channels)
-        require(len(levels) > 0 and min(levels) > 0, "levels={} must name at least one number of bins, each at least 1", levels)
         check_option(pool, ("max", "mean"), "pool")
         check_option(binning, ("adaptive", "window"), "binning")
         self.channels, self.levels, self.binning = channels, levels, binning
