@@ -63,6 +63,12 @@ def test_groups_have_their_own_weights() -> None:
     assert (out[:, :4] - out[:, 4:]).abs().max() > 0.1
 
 
+def test_a_norm_decides_the_naming() -> None:
+    """mmcv's has none; what is written by default is what some public code reads."""
+    for norm, key in ((None, "channel_compressor.weight"), ("batch", "comp.conv.weight")):
+        assert key in to_official(regard.create("carafe", 8, norm=norm))
+
+
 @pytest.mark.parametrize(
     ("naming", "options", "key"),
     [("mmcv", {}, "content_encoder.bias"), ("XiaLiPKU/CARAFE", {"norm": "batch"}, "enc.bn.running_mean")],

@@ -133,6 +133,15 @@ def test_public_namings_round_trip() -> None:
     load_official(module(**STEM), written)
 
 
+@pytest.mark.parametrize("reduce", ["channel", "head", "all"])
+def test_tables_of_all_channels_are_no_tables_of_a_head(reduce: str) -> None:
+    """For one head and a shared table the shapes agree, and rows would become columns."""
+    own = {"out_channels": 12, "num_heads": 1, "grouped": False}
+    state = to_official(module(**own, rel_shared=False, logit_reduce="channel"), "leaderj1001/Stand-Alone-Self-Attention")
+    with pytest.raises(RegardError, match=r"unknown .*rel_h"):
+        load_official(module(**own, logit_reduce=reduce), state)
+
+
 def test_image_absolute_mixtures_are_refused() -> None:
     state = {name: torch.zeros(4, 14) if name in ("emb_x", "emb_y") else t for name, t in module(**STEM).state_dict().items()}
     with pytest.raises(RegardError, match="every place of one padded image"):

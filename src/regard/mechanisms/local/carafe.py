@@ -112,6 +112,10 @@ class ContentAwareReassembly(Mechanism):
                 if conv.bias is not None:
                     nn.init.zeros_(conv.bias)
 
+    def key_maps(self) -> tuple[KeyMap, ...]:
+        mmcv, reimplementation = self.official
+        return (mmcv,) if self.norm is None else (reimplementation,)
+
     def forward(
         self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False
     ) -> Float[Tensor, "b channels s_h s_w"] | tuple[Tensor, Tensor]:

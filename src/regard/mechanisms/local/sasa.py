@@ -156,6 +156,12 @@ class StandAloneSelfAttention(Mechanism):
             self.relative_y = nn.Parameter(torch.randn(*heads, first if self.halves else second, kernel_size, **dd))
         self.bias = nn.Parameter(torch.zeros(1, out_channels, 1, 1, **dd)) if bias else None
 
+    def key_maps(self) -> tuple[KeyMap, ...]:
+        """leaderj1001's tables belong to channels: the first half of all has rows, the second columns."""
+        merhs, leaderj = self.official
+        per_channel = self.logit_reduce == "channel" and not self.rel_shared
+        return (merhs, leaderj) if per_channel or not self.relative else (merhs,)
+
     def forward(
         self, x: Float[Tensor, "b channels h w"], *, return_weights: bool = False
     ) -> Float[Tensor, "b out_channels h_out w_out"] | tuple[Tensor, Tensor]:
