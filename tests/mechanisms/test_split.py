@@ -8,7 +8,7 @@ import regard
 from regard.errors import RegardError
 from regard.official import load_official, to_official
 from regard.ops._dispatch import explain, use_impl
-from regard.ops.branch_sum import branch_sum
+from regard.ops.branch_sum import branch_sum, chunked
 
 
 def make(*args, **options):
@@ -60,9 +60,13 @@ def test_naming():
 
 
 @pytest.mark.parametrize("last", [False, True])
-@pytest.mark.parametrize("size", [(2, 3), (300, 250)])
-def test_chunked_sum_of_branches_equals_reference(last, size):
-    u, weights = torch.randn(2, 6, *size), torch.rand(2, 3, 2, requires_grad=True)
+@pytest.mark.parametrize(("elements", "pieces"), [(1 << 20, 1), (50, 2), (7, 6)])
+def test_chunked_sum_of_branches_equals_reference(monkeypatch, last, elements, pieces):
+    """All in one piece, some samples at a time, single channels."""
+    monkeypatch.setattr(chunked, "_ELEMENTS", elements)
+    size = (2, 5)
+    u, weights = torch.randn(3, 6, *size), torch.rand(3, 3, 2, requires_grad=True)
+    assert len(list(chunked._parts(u, weights))) == pieces
     u = (u.contiguous(memory_format=torch.channels_last) if last else u).requires_grad_()
     found = []
     for impl in ("chunked", "reference"):
@@ -70,7 +74,7 @@ def test_chunked_sum_of_branches_equals_reference(last, size):
             out = branch_sum(u, weights)
         assert out.is_contiguous(memory_format=torch.channels_last) == last or impl == "reference"
         found.append((out, *torch.autograd.grad((out * torch.linspace(-1, 1, out[0, 0].numel()).view(size)).sum(), (u, weights))))
-    torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-3)
+    torch.testing.assert_close(found[0], found[1], rtol=1e-5, atol=1e-5)
 
 
 def test_chunked_sum_of_branches_has_its_gradient():

@@ -109,7 +109,7 @@ class NonLocal(Mechanism):
         self.g = Linear(channels, d, **dd)
         self.theta, self.phi = (Linear(channels, d, **dd) if embeds else None for _ in range(2))
         self.concat_project = Linear(2 * d, 1, bias=False, **dd) if adds else None
-        self.out = Linear(d, channels, **dd)  # under a norm its bias is zero unless a checkpoint of the plain naming brings one
+        self.out = Linear(d, channels, **dd)  # under a norm its bias changes nothing; the plain naming has one
         self.norm = make_norm(norm, channels, dims, **dd)
         self.takes_bias = isinstance(self.norm, _BatchNorm) and self.norm.running_mean is not None
         for linear in (self.g, self.theta, self.phi, self.out):
